@@ -1,0 +1,54 @@
+# `make` alone lists the targets. Each sets up .venv first, if pyproject.toml is newer than it; a second run installs nothing.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# Two test processes with one thread each beat one process with two: the suite is many small operations.
+WORKERS ?= 2
+BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+# No test, demo or benchmark touches the network. OMP_WAIT_POLICY (the demo; tests set it themselves): waiting threads sleep,
+# since on a busy machine spinning makes small operations sixty times slower.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'loki-attention needs Python 3.11 or newer; $(PYTHON) is older or missing. Name another: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,plots]'
+	@touch $@
+
+demo: $(STAMP) ## calibrate the bundled model and ask it a question, dense and sparse side by side (no download)
+	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/loki demo -o demo-output
+
+test: $(STAMP) ## the default tests
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS)
+
+test-all: $(STAMP) ## the slow tests, which `make test` leaves out
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS)
+
+lint: $(STAMP) ## ruff, mypy and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## run every script of benchmarks/ (BENCHMARKS="..." names some); each writes its own results
+	@$(if $(strip $(BENCHMARKS)),,echo 'no script in benchmarks/')
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(OFFLINE) $(BIN)/python "$$script"; done
+
+docs: $(STAMP) ## run the examples and check the links of README.md, CONTRIBUTING.md and docs/
+	$(OFFLINE) $(BIN)/pytest tests/test_docs.py
+
+clean: ## remove .venv, caches and outputs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist demo-output *.partial
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
