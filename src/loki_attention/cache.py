@@ -1,0 +1,208 @@
+"""One layer's preallocated K/V, its low-rank twins and the tail's sums. Plain torch; knows no model and no method.
+
+K and V stay as the model wrote them. Twins and sums follow from them and are brought up to date when a sparse step
+asks, so that any cache operation only has to keep them consistent with the rows that are left.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from loki_attention.core.encoder import Encoder
+from loki_attention.core.shapes import Keys, PackedKeys, Values
+from loki_attention.core.tail import TailSums, covered_tokens
+from loki_attention.kernels.rows import Rows
+from loki_attention.kernels.torch_backend import leading_dims
+
+_ENCODE_AT_ONCE = 4096
+
+
+@dataclass(slots=True)
+class Twins:
+    """The packed low-rank keys of the first ``encoded`` slots, by one encoder."""
+
+    encoder: Encoder
+    packed: Tensor  # (B, Hkv, capacity, bytes) uint8
+    encoded: int = 0
+
+
+@dataclass(slots=True)
+class Tail:
+    """The tail's sums over each sequence's first ``covered`` valid tokens, and the slot ranks they were taken by."""
+
+    encoder: Encoder | None
+    sums: TailSums  # tokens (B, 1), values (B, Hkv, D), encoded (B, Hkv, R1), products (B, Hkv, R1, D)
+    rank: Int[Tensor, "b s"]
+
+    @property
+    def covered(self) -> Int[Tensor, " b"]:
+        """Tokens in the sums, per sequence."""
+        return self.sums.tokens[:, 0].long()
+
+
+class LayerCache:
+    """Keys and values of one layer in buffers that grow by a quarter, with what is derived from them beside.
+
+    ``length`` slots are in use. ``keys`` and ``values`` are views (B, Hkv, length, D) of the buffers.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.wanted_capacity = capacity
+        self.length = 0
+        self.twins: Twins | None = None
+        self.tail: Tail | None = None
+        self.peak_bytes = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def keys(self) -> Keys | None:
+        """The cached keys, or None before the first append."""
+        return None if self._keys is None else self._keys[:, :, : self.length]
+
+    @property
+    def values(self) -> Values | None:
+        """The cached values, or None before the first append."""
+        return None if self._values is None else self._values[:, :, : self.length]
+
+    @property
+    def capacity(self) -> int:
+        """Slots that fit without growing."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Resident bytes of the K/V buffers, the twins and the tail's sums."""
+        buffers = [t for t in (self._keys, self._values) if t is not None]
+        sums = [] if self.tail is None else list(self.tail.sums)
+        twins = [] if self.twins is None else [self.twins.packed]
+        parts = {"cache": buffers, "twins": twins, "sums": sums}
+        return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in parts.items()}
+
+    def append(self, keys: Keys, values: Values) -> None:
+        """Write new tokens behind the last slot; grows the buffers where they are full."""
+        new = self.length + keys.shape[2]
+        if self._keys is None or self._values is None:
+            room = max(new, self.wanted_capacity)
+            self._keys, self._values = (_buffer_like(tensor, room) for tensor in (keys, values))
+        elif new > self.capacity:
+            room = max(new, self.wanted_capacity, self.length + self.length // 4)
+            # One buffer at a time, so that growing never holds both twice.
+            self._keys = _grown(self._keys, self.length, room)
+            self._values = _grown(self._values, self.length, room)
+        self._keys[:, :, self.length : new] = keys
+        self._values[:, :, self.length : new] = values
+        self.length = new
+        self.peak_bytes = max(self.peak_bytes, sum(self.bytes.values()))
+
+    def encode(self, encoder: Encoder) -> PackedKeys:
+        """Bring the twins up to date and return those of all cached tokens; another encoder starts afresh."""
+        assert self._keys is not None and self.keys is not None
+        if self.twins is None or self.twins.encoder.digest != encoder.digest:
+            self.twins = Twins(encoder, self._keys.new_empty(0, dtype=torch.uint8))
+        twins = self.twins
+        if twins.packed.numel() == 0 or twins.packed.shape[2] < self.length:
+            shape = (*self._keys.shape[:2], self.capacity, encoder.planes.bytes_per_token)
+            grown = torch.empty(shape, dtype=torch.uint8, device=self._keys.device)
+            if twins.encoded:
+                grown[:, :, : twins.encoded] = twins.packed[:, :, : twins.encoded]
+            twins.packed = grown
+        for start in range(twins.encoded, self.length, _ENCODE_AT_ONCE):
+            stop = min(start + _ENCODE_AT_ONCE, self.length)
+            twins.packed[:, :, start:stop] = encoder.encode_keys(self._keys[:, :, start:stop])
+        twins.encoded = self.length
+        self.peak_bytes = max(self.peak_bytes, sum(self.bytes.values()))
+        return twins.packed[:, :, : self.length]
+
+    def absorb(self, encoder: Encoder | None, rows: Rows) -> TailSums:
+        """Bring the tail's sums to the blocks that ``rows`` (one a sequence) cover, reading only what changed."""
+        assert self.keys is not None and self.values is not None
+        if self.tail is None or _digest(self.tail.encoder) != _digest(encoder) or not self._same_prefix(rows.rank):
+            self.tail = Tail(encoder, _no_sums(self.keys, encoder), rows.rank)
+        self.tail.rank = rows.rank
+        self._cover(covered_tokens(rows.tokens[:, 0]))
+        return self.tail.sums
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first ``tokens`` slots; what the sums hold of the others is subtracted before they go."""
+        tokens = min(tokens, self.length)
+        if self.tail is not None:
+            left = (self.tail.rank[:, :tokens] >= 0).sum(-1)
+            self._cover(torch.minimum(covered_tokens(left), self.tail.covered))
+            self.tail.rank = self.tail.rank[:, :tokens]
+        if self.twins is not None:
+            self.twins.encoded = min(self.twins.encoded, tokens)
+        self.length = tokens
+
+    def select_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Replace every per-sequence tensor by ``pick`` of it (beams, repeats, a subset of the batch)."""
+        if self._keys is None or self._values is None:
+            return
+        self._keys, self._values = pick(self._keys), pick(self._values)
+        if self.twins is not None and self.twins.packed.numel():
+            self.twins.packed = pick(self.twins.packed)
+        if self.tail is not None:
+            self.tail.sums = TailSums(*(pick(tensor) for tensor in self.tail.sums))
+            self.tail.rank = pick(self.tail.rank)
+
+    def reset(self) -> None:
+        """Forget every token and free the buffers."""
+        self.length, self.twins, self.tail = 0, None, None
+        self._keys = self._values = None
+
+    def _same_prefix(self, rank: Tensor) -> bool:
+        """Whether the slots that the sums were taken from still hold the same tokens of their sequence."""
+        assert self.tail is not None
+        known = self.tail.rank
+        if known.shape[0] != rank.shape[0] or known.shape[1] > rank.shape[1]:
+            return False
+        return bool((known == rank[:, : known.shape[1]]).all())
+
+    def _cover(self, target: Int[Tensor, " b"]) -> None:
+        """Add, or where the target is lower subtract, the tokens between what is covered and ``target``."""
+        assert self.tail is not None and self._keys is not None and self._values is not None
+        rank, covered = self.tail.rank, self.tail.covered
+        held, wanted = ((rank >= 0) & (rank < bound[:, None]) for bound in (covered, target))
+        change = wanted.int() - held.int()
+        touched = change.ne(0).any(0).nonzero()
+        if not len(touched):
+            return
+        span = slice(int(touched[0]), int(touched[-1]) + 1)
+        added = _signed_sums(self._keys[:, :, span], self._values[:, :, span], self.tail.encoder, change[:, span])
+        self.tail.sums = TailSums(*(old + new for old, new in zip(self.tail.sums, added, strict=True)))
+
+
+def _digest(encoder: Encoder | None) -> str | None:
+    return None if encoder is None else encoder.digest
+
+
+def _signed_sums(keys: Keys, values: Values, encoder: Encoder | None, sign: Int[Tensor, "b n"]) -> TailSums:
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    encoded = leading_dims(keys, encoder)
+    # Slots of weight 0 may hold anything, NaN included.
+    weight = sign[:, None, :, None].to(wide.dtype)
+    weighted = torch.where(weight != 0, weight * wide, 0.0)
+    encoded_weighted = torch.where(weight != 0, weight * encoded, 0.0)
+    products = torch.where(weight != 0, encoded, 0.0).mT @ weighted
+    return TailSums(sign.sum(-1, keepdim=True).to(wide.dtype), weighted.sum(2), encoded_weighted.sum(2), products)
+
+
+def _no_sums(keys: Keys, encoder: Encoder | None) -> TailSums:
+    batch, heads, _, dim = keys.shape
+    rank = 0 if encoder is None else encoder.tail_rank
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    shapes = ((batch, 1), (batch, heads, dim), (batch, heads, rank), (batch, heads, rank, dim))
+    return TailSums(*(torch.zeros(shape, dtype=dtype, device=keys.device) for shape in shapes))
+
+
+def _buffer_like(tensor: Tensor, room: int) -> Tensor:
+    return tensor.new_empty(*tensor.shape[:2], room, tensor.shape[3])
+
+
+def _grown(old: Tensor, used: int, room: int) -> Tensor:
+    new = _buffer_like(old, room)
+    new[:, :, :used] = old[:, :, :used]
+    return new

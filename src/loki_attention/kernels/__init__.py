@@ -1,0 +1,1 @@
+"""The operations of core, fast: append, select and attend on every backend."""

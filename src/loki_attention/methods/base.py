@@ -1,0 +1,156 @@
+"""What every method is: given rows of queries over a cached layer, which tokens they attend and what comes out.
+
+A method decides; ``kernels`` compute; ``integrations`` find the rows. A selection method only says which slots to read
+and, where it has a tail, what answers for the rest.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from loki_attention.core.budget import Budget
+from loki_attention.core.encoder import EncodedQuery, Encoder
+from loki_attention.core.shapes import Indices, Keys, PackedKeys, PerHeadRow, Queries, Values
+from loki_attention.core.tail import TailSums, tail_value
+from loki_attention.kernels import torch_backend
+from loki_attention.kernels.rows import Rows
+
+PER = ("kv-head", "query-head")
+
+
+class LayerView(NamedTuple):
+    """A cached layer as a method sees it.
+
+    ``twins()`` are the packed low-rank keys of all slots, ``sums(rows)`` the tail's sums with one entry a row,
+    (B, 1 or Hkv, T, ...). Both are brought up to date first.
+    """
+
+    keys: Keys
+    values: Values
+    twins: Callable[[], PackedKeys]
+    sums: Callable[[Rows], TailSums]
+
+
+class Step(NamedTuple):
+    """Some query rows over one layer: the rows' slots and budgets, the attention scale, the encoded rows if any."""
+
+    query: Queries
+    layer: LayerView
+    rows: Rows
+    k: Int[Tensor, "b t"]
+    scale: float
+    encoded: EncodedQuery | None
+
+    def sets(self, per: str) -> int:
+        """How many index sets a row has: one per KV head, or one per query head."""
+        return self.query.shape[1] if per == "query-head" else self.layer.keys.shape[1]
+
+
+class Answer(NamedTuple):
+    """Attention output (B, H, T, D) of the rows and the slots they attended; None where all were."""
+
+    output: Queries
+    indices: Indices | None
+
+
+class Chosen(NamedTuple):
+    """The slots to attend and, with a tail, the unselected tokens' log-mass per query head."""
+
+    indices: Indices
+    tail_mass: PerHeadRow | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method(ABC):
+    """One method on one layer. Subclasses are small files; ``docs/methods.md`` shows how to add one."""
+
+    name: ClassVar[str]
+    needs_basis: ClassVar[bool] = False
+    principal_components: ClassVar[bool] = False
+    """Whether the method wants a PCA basis in float planes, as the paper has it."""
+    tails: ClassVar[tuple[str, ...]] = ("none",)
+    default_dense_layers: ClassVar[tuple[int, ...]] = (0,)
+    """Layers that stay dense unless asked otherwise: the first attends diffusely."""
+
+    budget: Budget
+    head_dim: int
+    encoder: Encoder | None = None
+    tail: str = "none"
+    per: str = "kv-head"
+
+    def budgets(self, rows: Rows) -> Int[Tensor, "b t"]:
+        """K of every row."""
+        return self.budget.of_each(rows.tokens)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> "Method":
+        """This method with its encoder on ``device``, for a model of ``dtype``."""
+        return self if self.encoder is None else replace(self, encoder=self.encoder.to(device, dtype))
+
+    @abstractmethod
+    def attend(self, step: Step) -> Answer:
+        """The attention output of the step's rows."""
+
+    def encode(self, query: Queries, scale: float) -> EncodedQuery | None:
+        """The encoded rows, or None for a method without an encoder."""
+        return None if self.encoder is None else self.encoder.encode_query(query, scale)
+
+    @abstractmethod
+    def read_bytes(self, tokens: Tensor, k: Tensor, group_size: int, row_bytes: int) -> Tensor:
+        """Bytes each decode row reads per KV head with ``tokens`` cached: twins, keys, values and sums.
+
+        ``tokens`` and ``k`` hold one entry a row; ``row_bytes`` is the size of one key (or value) row.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionMethod(Method):
+    """A method that picks K tokens a row and attends them exactly."""
+
+    @abstractmethod
+    def choose(self, step: Step) -> Chosen:
+        """The slots each row attends."""
+
+    def attend(self, step: Step) -> Answer:
+        """Gather and attend what :meth:`choose` picked."""
+        indices, mass = self.choose(step)
+        answer = None
+        if mass is not None:
+            mass, answer = self._tail_answer(step, mass)
+        layer = step.layer
+        output = torch_backend.attend(step.query, layer.keys, layer.values, indices, step.scale, mass, answer)
+        return Answer(output, indices)
+
+    def read_bytes(self, tokens: Tensor, k: Tensor, group_size: int, row_bytes: int) -> Tensor:
+        """K keys and values for every set, and the tail's sums."""
+        per_head = group_size if self.per == "query-head" else 1
+        return 2.0 * row_bytes * per_head * k.double() + self.tail_bytes()
+
+    def tail_bytes(self) -> float:
+        """Bytes of the tail's float32 sums per KV head."""
+        if self.tail == "none":
+            return 0.0
+        rank = self.encoder.tail_rank if self.encoder is not None and self.tail == "linear" else 0
+        return 4.0 * (self.head_dim + rank + rank * self.head_dim)
+
+    @property
+    def forced(self) -> torch_backend.Forced:
+        """The sinks and recent tokens that are always attended."""
+        return torch_backend.Forced(self.budget.sinks, self.budget.recent)
+
+    def _tail_answer(self, step: Step, mass: PerHeadRow) -> tuple[PerHeadRow, Queries]:
+        """The tail's log-mass and value; rows whose sums cover nothing have no tail."""
+        sums = TailSums(*(tensor.unsqueeze(2) for tensor in step.layer.sums(step.rows)))
+        kv_heads = step.layer.keys.shape[1]
+        if step.encoded is None:
+            leading, deviation = mass.new_zeros(*mass.shape, 0), mass
+        else:
+            leading, deviation = step.encoded.leading, step.encoded.deviation
+        leading, deviation = (tensor.unflatten(1, (kv_heads, -1)) for tensor in (leading, deviation))
+        value = tail_value(self.tail, sums, leading, deviation, step.scale).flatten(1, 2)
+        empty = (sums.tokens == 0).squeeze(1)
+        return mass.masked_fill(empty, -torch.inf), torch.where(empty[..., None], 0.0, value)
