@@ -1,0 +1,172 @@
+"""``attach``: check what is asked, decide what each layer does, and hand over to :class:`Attached`."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from loki_attention.core.basis import KeyBasis
+from loki_attention.core.budget import Budget
+from loki_attention.core.planes import Plane, Planes
+from loki_attention.core.spec import ModelSpec
+from loki_attention.core.tail import check_tail
+from loki_attention.errors import ArgumentError, LokiWarning, unknown_name
+from loki_attention.integrations.huggingface.attached import Attached, LayerPlan, Settings
+from loki_attention.integrations.huggingface.families import attention_modules
+from loki_attention.kernels.ops import choose_backend
+from loki_attention.methods import PER, Method, method_class
+
+LayerChoice = str | Budget
+
+
+def attach(
+    model: PreTrainedModel,
+    basis: KeyBasis | None = None,
+    *,
+    method: str = "loki",
+    budget: Budget | None = None,
+    planes: Planes | str | None = None,
+    tail: str | None = None,
+    per: str = "kv-head",
+    layers: Mapping[int, LayerChoice] | None = None,
+    dense_below: int = 0,
+    backend: str = "auto",
+) -> Attached:
+    """The handle of ``model`` with its decode steps run by ``method``; use it in a ``with`` block or ``detach()`` it.
+
+    ``budget`` and ``planes`` default to what the basis was chosen for; without a basis a budget is needed. ``tail`` is
+    ``"none"``, ``"mean"`` or ``"linear"``, by default the basis's choice for loki and none for others. ``per`` is
+    ``"kv-head"`` or, for research, ``"query-head"`` (paper-loki's rule). ``layers`` overrides single layers with
+    ``"dense"``, ``"sparse"`` or a ``Budget``; by default layer 0 and what calibration marked stay dense, and with the
+    paper's own methods none. Sequences shorter than ``dense_below`` tokens stay dense.
+    Raises a ``LokiError`` kind for every misuse, and ``MismatchError`` for a basis of another layout.
+    """
+    chosen_backend = choose_backend(backend)
+    kind = method_class(method)
+    modules = attention_modules(model)
+    if basis is not None:
+        _check_basis(model, basis)
+    if isinstance(dense_below, bool) or not isinstance(dense_below, int) or dense_below < 0:
+        raise ArgumentError(f"dense_below must be a whole number of tokens, at least 0; got {dense_below!r}")
+    choices = _checked_layers(dict(layers or {}), modules)
+    if kind is None:
+        plans = dict.fromkeys(modules, LayerPlan(None, "method dense"))
+        return Attached(model, plans, Settings(method=method, backend=chosen_backend))
+    request = _resolve(kind, basis, budget, planes, tail, per)
+    plans = {index: _plan(index, modules[index].head_dim, request, choices.get(index)) for index in modules}
+    if all(plan.method is None for plan in plans.values()):
+        warnings.warn("every layer stays dense: nothing will be sparse", LokiWarning, stacklevel=2)
+    return Attached(
+        model,
+        plans,
+        Settings(
+            method=method,
+            backend=chosen_backend,
+            budget=str(request.budget),
+            planes=str(request.planes) if kind.needs_basis else None,
+            tail=request.tail,
+            dense_below=dense_below,
+            calibrated_length=basis.record.get("length") if basis is not None and kind.needs_basis else None,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """What all sparse layers share."""
+
+    kind: type[Method]
+    basis: KeyBasis | None
+    budget: Budget
+    planes: Planes | None
+    tail: str
+    per: str
+
+
+def _resolve(
+    kind: type[Method],
+    basis: KeyBasis | None,
+    budget: Budget | None,
+    planes: Planes | str | None,
+    tail: str | None,
+    per: str,
+) -> _Request:
+    """The request with every default filled in; raises for what the method cannot do."""
+    if per not in PER:
+        raise unknown_name("per", per, PER)
+    if kind.needs_basis and basis is None:
+        raise ArgumentError(
+            f"method {kind.name!r} needs a basis: calibrate(model, ...) or KeyBasis.load(path, model=model)"
+        )
+    if budget is None:
+        if basis is None:
+            raise ArgumentError(f"method {kind.name!r} without a basis needs a budget: Budget(tokens=512), say")
+        budget = basis.budget
+    if not isinstance(budget, Budget):
+        raise ArgumentError(
+            f"budget must be a Budget, got {budget!r}; write Budget(tokens=512) or Budget(fraction=1/8)"
+        )
+    tail = _tail_for(kind, basis, tail)
+    if kind.principal_components and basis is not None:
+        basis, per = basis.principal(), "query-head"
+    return _Request(kind=kind, basis=basis, budget=budget, planes=_planes_for(kind, basis, planes), tail=tail, per=per)
+
+
+def _plan(index: int, head_dim: int, request: _Request, choice: LayerChoice | None) -> LayerPlan:
+    """What a layer does: its own choice, else dense where the method or calibration says so, else sparse."""
+    kind, basis = request.kind, request.basis
+    if choice == "dense":
+        return LayerPlan(None, "asked for")
+    if choice is None and index in kind.default_dense_layers:
+        return LayerPlan(None, "attends diffusely")
+    if choice is None and kind.default_dense_layers and basis is not None and index in basis.dense_layers:
+        return LayerPlan(None, "marked by calibration")
+    encoder = None
+    if basis is not None and (kind.needs_basis or request.tail == "linear"):
+        encoder = basis.encoder(index, request.planes)
+    budget = choice if isinstance(choice, Budget) else request.budget
+    return LayerPlan(kind(budget=budget, head_dim=head_dim, encoder=encoder, tail=request.tail, per=request.per))
+
+
+def _tail_for(kind: type[Method], basis: KeyBasis | None, tail: str | None) -> str:
+    if tail is None:
+        return basis.tail if basis is not None and kind.name == "loki" else "none"
+    check_tail(tail)
+    if tail not in kind.tails:
+        raise ArgumentError(f"method {kind.name!r} has no tail; got tail={tail!r}, use tail='none'")
+    if tail == "linear" and basis is None:
+        raise ArgumentError("tail='linear' needs a basis; give one, or use tail='mean'")
+    return tail
+
+
+def _planes_for(kind: type[Method], basis: KeyBasis | None, planes: Planes | str | None) -> Planes | None:
+    if basis is None:
+        return None
+    if planes is None:
+        quarter = max(1, basis.spec.head_dim // 4)
+        return Planes((Plane(quarter, 32),)) if kind.principal_components else basis.planes
+    chosen = Planes.parse(planes) if isinstance(planes, str) else planes
+    if not isinstance(chosen, Planes):
+        raise ArgumentError(f"planes must be a string such as '16@4+32@2' or Planes, got {planes!r}")
+    chosen.check_fits(basis.spec.head_dim)
+    if kind.principal_components and not chosen.is_float:
+        raise ArgumentError(f"method {kind.name!r} keeps float keys; got planes '{chosen}', give R@32 or R@16")
+    return chosen
+
+
+def _check_basis(model: PreTrainedModel, basis: Any) -> None:
+    """Layout alone: weights were compared when the basis was loaded, and a fine-tune may be wanted."""
+    if not isinstance(basis, KeyBasis):
+        raise ArgumentError(f"basis must be a KeyBasis, got {basis!r}; KeyBasis.load(path, model=model) reads one")
+    basis.spec.check_serves(ModelSpec.of(model), other_weights=True)
+
+
+def _checked_layers(layers: dict[int, LayerChoice], modules: Mapping[int, Any]) -> dict[int, LayerChoice]:
+    for index, choice in layers.items():
+        if index not in modules:
+            raise unknown_name("layer", index, tuple(str(i) for i in modules))
+        if not isinstance(choice, Budget) and choice not in ("dense", "sparse"):
+            raise ArgumentError(f"layer {index}: expected 'dense', 'sparse' or a Budget, got {choice!r}")
+    return layers

@@ -1,0 +1,296 @@
+"""The handle of an attached model: hooks in, row rules, traces, report, hooks out."""
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from loki_attention.cache import LayerCache
+from loki_attention.errors import ArgumentError, LokiWarning, ModelError
+from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
+from loki_attention.integrations.huggingface.families import attention_modules, decoder_of, text_config
+from loki_attention.integrations.huggingface.interception import Redirection, original_attention
+from loki_attention.integrations.huggingface.report import LayerReport, Report, Tally
+from loki_attention.integrations.huggingface.sparse_rows import (
+    RowRule,
+    SparseRows,
+    Tensors,
+    attend_sparse_rows,
+    find_sparse_rows,
+)
+from loki_attention.kernels.ops import Backend
+from loki_attention.methods import Method
+
+_LENGTH_MARGIN = 1.5
+Trace = list[dict[int, Tensor]]
+_CACHE: ContextVar[Cache | None] = ContextVar("loki_attention_cache", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What attachment does with a layer: a method, or none and the reason why it stays dense."""
+
+    method: Method | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the report says of an attachment as a whole."""
+
+    method: str
+    backend: Backend
+    budget: str = "all tokens"
+    planes: str | None = None
+    tail: str = "none"
+    dense_below: int = 0
+    calibrated_length: int | None = None
+
+
+class Attached:
+    """A model whose decode steps run a sparse method. Made by :func:`attach`; a context manager that detaches.
+
+    Calls of the model and of ``generate`` need no further argument. Not for training.
+    """
+
+    def __init__(self, model: PreTrainedModel, plans: Mapping[int, LayerPlan], settings: Settings) -> None:
+        self._model, self._plans, self._settings = model, dict(plans), settings
+        self._rule: RowRule | None = None
+        self._trace: Trace | None = None
+        self._called: set[int] = set()
+        self._warned_of_length = False
+        self._tallies = {layer: Tally() for layer in plans}
+        self._stores: weakref.WeakSet[LayerCache] = weakref.WeakSet()
+        self._modules = attention_modules(model)
+        self._methods: dict[tuple[int, torch.device, torch.dtype], Method] = {}
+        self._redirection: Redirection | None = Redirection(model, self._modules, self._attention)
+        decoder = decoder_of(model)
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            decoder.register_forward_hook(self._after_forward, always_call=True),
+        ]
+        self._watch_generate()
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still attached."""
+        return self._redirection is not None
+
+    def detach(self) -> None:
+        """Give the model back as it was; caches go on as plain ones. Detaching twice does nothing.
+
+        Warns where decode steps ran and every one of them was dense.
+        """
+        if self._redirection is None:
+            return
+        self._redirection.undo()
+        self._redirection = None
+        for hook in self._hooks:
+            hook.remove()
+        self._model.__dict__.pop("_prepare_cache_for_generation", None)
+        self._warn_if_idle()
+
+    @contextmanager
+    def continuation(self, prompt_tokens: int | Tensor) -> Iterator[None]:
+        """Within the block, rows of many-row forwards from position ``prompt_tokens`` on select as decode would.
+
+        Positions count a sequence's own valid tokens, cached ones included; an int, or a LongTensor (B,).
+        """
+        lengths = torch.as_tensor(prompt_tokens)
+        if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.dim() > 1 or bool((lengths < 0).any()):
+            raise ArgumentError(f"prompt_tokens must be an int or a LongTensor (B,), at least 0; got {prompt_tokens!r}")
+        with self._ruled(RowRule(prompt_tokens=prompt_tokens)):
+            yield
+
+    @contextmanager
+    def paper_rows(self) -> Iterator[None]:
+        """Within the block, every row of a many-row forward is sparse with one K, that of the whole window.
+
+        The protocol of the paper's perplexity tables: early rows, up to K tokens, are dense.
+        """
+        with self._ruled(RowRule(whole_window=True)):
+            yield
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Within the block, record what every forward attends: one dict a forward, layer to (B, sets, rows, K).
+
+        Entries are cache slots, ascending, -1 padded; a dense row is all -1, a dense layer absent.
+        """
+        before, self._trace = self._trace, []
+        try:
+            yield self._trace
+        finally:
+            self._trace = before
+
+    def report(self) -> Report:
+        """What the attached model did so far."""
+        stores = list(self._stores)
+        sizes = [store.bytes for store in stores]
+        layers = tuple(
+            LayerReport(
+                layer=index,
+                sparse=plan.method is not None,
+                reason=plan.reason,
+                sparse_steps=tally.sparse_steps,
+                dense_steps=dict(tally.dense_steps),
+                sparse_rows=tally.sparse_rows,
+                tokens_read=tally.tokens_read,
+                tokens_cached=tally.tokens_cached,
+                bytes_read=tally.bytes_read,
+                bytes_dense=tally.bytes_dense,
+            )
+            for index, plan, tally in ((i, self._plans[i], self._tallies[i]) for i in sorted(self._plans))
+        )
+        settings = self._settings
+        return Report(
+            method=settings.method,
+            budget=settings.budget,
+            planes=settings.planes,
+            tail=settings.tail,
+            backend=settings.backend,
+            layers=layers,
+            resident_bytes={name: sum(size[name] for size in sizes) for name in ("cache", "twins", "sums")},
+            peak_bytes=sum(store.peak_bytes for store in stores),
+            capacity=sum(store.capacity for store in stores),
+            used=sum(store.length for store in stores),
+        )
+
+    @contextmanager
+    def _ruled(self, rule: RowRule) -> Iterator[None]:
+        before, self._rule = self._rule, rule
+        try:
+            yield
+        finally:
+            self._rule = before
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        config = text_config(self._model)
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if kwargs.get("output_attentions"):
+            raise ModelError("output_attentions=True needs every attention weight; detach to get them")
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=config)
+        if cache is not None:
+            own_layers(cache, config.num_hidden_layers)
+            kwargs["past_key_values"] = cache
+        _CACHE.set(cache)
+        self._called.clear()
+        if self._trace is not None:
+            self._trace.append({})
+        return args, kwargs
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        _CACHE.set(None)
+        missed = sorted(set(self._plans) - self._called)
+        if output is not None and missed:
+            raise ModelError(
+                f"attention of layers {missed} did not go through the attached method; detach and report it"
+            )
+
+    def _attention(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layer: int = module.layer_idx
+        self._called.add(layer)
+        store = store_of(_CACHE.get(), layer)
+        if store is not None:
+            self._stores.add(store)
+        self._warn_if_too_long(key.shape[2])
+        tensors = Tensors(query, key, value, attention_mask, float(kwargs["scaling"]), store)
+        method = self._method(layer, query)
+        reason = self._plans[layer].reason
+        found = find_sparse_rows(tensors, method, self._rule, self._settings.dense_below) if method else reason
+        whole = isinstance(found, SparseRows) and found.start == 0 and bool(found.active.all())
+        weights: Tensor | None = None
+        if not whole:
+            assert self._redirection is not None
+            dense = original_attention(module, self._redirection.original)
+            output, weights = dense(module, query, key, value, attention_mask, **kwargs)
+        if isinstance(found, str) or method is None:
+            self._tallies[layer].dense_steps[found if isinstance(found, str) else reason] += 1
+            return output, weights
+        sparse, indices = attend_sparse_rows(tensors, method, found)
+        self._count(layer, method, tensors, found)
+        self._note(layer, found, indices, query.shape[2])
+        sparse = sparse.transpose(1, 2)
+        if whole:
+            return sparse, None
+        chosen = torch.where(found.active[..., None, None], sparse, output[:, found.start :])
+        return torch.cat([output[:, : found.start], chosen], dim=1), None
+
+    def _method(self, layer: int, query: Tensor) -> Method | None:
+        """The layer's method with its encoder on the query's device."""
+        plan = self._plans[layer]
+        if plan.method is None or plan.method.encoder is None:
+            return plan.method
+        key = (layer, query.device, query.dtype)
+        if key not in self._methods:
+            self._methods[key] = plan.method.on(query.device, query.dtype)
+        return self._methods[key]
+
+    def _count(self, layer: int, method: Method, tensors: Tensors, found: SparseRows) -> None:
+        cached, read = found.rows.tokens[found.active], found.k[found.active]
+        kv_heads = tensors.keys.shape[1]
+        row_bytes = tensors.keys.shape[3] * tensors.keys.element_size()
+        group = tensors.query.shape[1] // kv_heads
+        read_bytes = kv_heads * float(method.read_bytes(cached, read, group, row_bytes).sum())
+        dense_bytes = float(2 * kv_heads * row_bytes * cached.sum())
+        self._tallies[layer].add_rows(cached, read, read_bytes, dense_bytes)
+
+    def _note(self, layer: int, found: SparseRows, indices: Tensor | None, rows: int) -> None:
+        if self._trace is None or indices is None:
+            return
+        shown = torch.full((*indices.shape[:2], rows, indices.shape[3]), -1, device=indices.device)
+        shown[:, :, found.start :] = torch.where(found.active[:, None, :, None], indices, -1)
+        self._trace[-1][layer] = shown
+
+    def _watch_generate(self) -> None:
+        """Let ``generate`` say how long the cache will become, where this transformers version can tell."""
+        original = getattr(self._model, "_prepare_cache_for_generation", None)
+        if original is None:
+            return
+
+        def prepare(config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int, *rest: Any) -> Any:
+            result = original(config, model_kwargs, mode, batch, length, *rest)
+            cache = model_kwargs.get("past_key_values")
+            if isinstance(cache, Cache):
+                own_layers(cache, text_config(self._model).num_hidden_layers, capacity=length)
+            return result
+
+        self._model.__dict__["_prepare_cache_for_generation"] = prepare
+
+    def _warn_if_too_long(self, tokens: int) -> None:
+        calibrated = self._settings.calibrated_length
+        if calibrated is None or self._warned_of_length or tokens <= _LENGTH_MARGIN * calibrated:
+            return
+        self._warned_of_length = True
+        warnings.warn(
+            f"the context has {tokens} tokens, the basis was calibrated on windows of {calibrated}; beyond "
+            f"{_LENGTH_MARGIN}x a basis loses accuracy: calibrate at the length you serve",
+            LokiWarning,
+            stacklevel=2,
+        )
+
+    def _warn_if_idle(self) -> None:
+        tallies = [self._tallies[layer] for layer, plan in self._plans.items() if plan.method is not None]
+        reasons = sorted({reason for tally in tallies for reason in tally.dense_steps})
+        if reasons and not any(tally.sparse_steps for tally in tallies):
+            warnings.warn(f"every step stayed dense: {'; '.join(reasons)}", LokiWarning, stacklevel=3)

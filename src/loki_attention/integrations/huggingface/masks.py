@@ -1,0 +1,47 @@
+"""From a transformers attention mask to the slots that each query row sees."""
+
+import torch
+from torch import Tensor
+
+from loki_attention.errors import ModelError
+from loki_attention.kernels.rows import Rows
+
+
+def rows_of(mask: Tensor | None, batch: int, rows: int, slots: int, device: torch.device) -> Rows:
+    """The rows of a forward of ``rows`` new tokens over ``slots`` cached ones, the new ones included.
+
+    ``mask`` is what transformers hands to attention: nothing (causal, no padding), a boolean or additive
+    (B, 1, T, S), or the two-dimensional (B, S) of older models.
+    """
+    if mask is None:
+        valid = torch.ones(batch, slots, dtype=torch.bool, device=device)
+        count = torch.arange(slots - rows + 1, slots + 1, device=device).expand(batch, -1)
+        return Rows.of(valid, count)
+    seen = _seen(mask, slots).expand(batch, -1, -1)
+    return Rows.of(seen[:, -1], seen.sum(-1)[:, -rows:])
+
+
+def check_nested(mask: Tensor | None, rows: Rows, active: Tensor) -> None:
+    """Raise ``ModelError`` where an active row sees anything but the first tokens of its sequence.
+
+    Packed sequences, bidirectional prefixes and trees of drafts are not nested; they cannot select row by row.
+    """
+    if mask is None:
+        return
+    seen = _seen(mask, rows.rank.shape[1])
+    if bool(((seen != rows.visible) & active[..., None]).any()):
+        raise ModelError(
+            "this attention mask is not causal row by row (packed sequences or a custom mask); continuation rows "
+            "need a plain causal mask"
+        )
+
+
+def own_slots(rows: Rows) -> Tensor:
+    """Whether each row's own token is valid (not padding): (B, T)."""
+    return rows.rank[:, -rows.tokens.shape[1] :] >= 0
+
+
+def _seen(mask: Tensor, slots: int) -> Tensor:
+    boolean = mask if mask.dtype == torch.bool else mask == 0
+    boolean = boolean[:, 0] if mask.dim() == 4 else mask.bool()[:, None]
+    return boolean[..., :slots]

@@ -1,0 +1,119 @@
+"""What an attached model did: layers, steps by reason, tokens and bytes read against dense, memory."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from loki_attention.kernels.ops import Backend
+
+
+@dataclass(slots=True)
+class Tally:
+    """Running counts of one layer. A step is one forward of the layer; rows, tokens and bytes sum over sequences."""
+
+    sparse_steps: int = 0
+    dense_steps: Counter[str] = field(default_factory=Counter)
+    sparse_rows: int = 0
+    tokens_read: int = 0
+    tokens_cached: int = 0
+    bytes_read: float = 0.0
+    bytes_dense: float = 0.0
+
+    def add_rows(self, cached: Tensor, read: Tensor, read_bytes: float, dense_bytes: float) -> None:
+        """Count one sparse step: ``cached`` and ``read`` hold one entry a sparse row."""
+        self.sparse_steps += 1
+        self.sparse_rows += cached.numel()
+        self.tokens_cached += int(cached.sum())
+        self.tokens_read += int(read.sum())
+        self.bytes_read += read_bytes
+        self.bytes_dense += dense_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """One layer: whether it may be sparse, why not, and its counts."""
+
+    layer: int
+    sparse: bool
+    reason: str
+    sparse_steps: int
+    dense_steps: Mapping[str, int]
+    sparse_rows: int
+    tokens_read: int
+    tokens_cached: int
+    bytes_read: float
+    bytes_dense: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A snapshot of an attached model's work. ``bytes_*`` of reading cover sparse rows only, beside dense ones' need.
+
+    ``resident_bytes`` and ``peak_bytes`` are of the caches that are alive: K/V, twins, sums; ``capacity`` and ``used``
+    count slots over their layers.
+    """
+
+    method: str
+    budget: str
+    planes: str | None
+    tail: str
+    backend: Backend
+    layers: tuple[LayerReport, ...]
+    resident_bytes: Mapping[str, int]
+    peak_bytes: int
+    capacity: int
+    used: int
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that may be sparse."""
+        return tuple(layer.layer for layer in self.layers if layer.sparse)
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that stay dense."""
+        return tuple(layer.layer for layer in self.layers if not layer.sparse)
+
+    @property
+    def sparse_steps(self) -> int:
+        """Sparse steps over all layers."""
+        return sum(layer.sparse_steps for layer in self.layers)
+
+    @property
+    def read_fraction(self) -> float | None:
+        """Bytes read by sparse rows over what dense attention would have read for them; None without any."""
+        dense = sum(layer.bytes_dense for layer in self.layers)
+        return sum(layer.bytes_read for layer in self.layers) / dense if dense else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        fields = asdict(self)
+        return fields | {
+            "backend": self.backend._asdict(),
+            "resident_bytes": dict(self.resident_bytes),
+            "read_fraction": self.read_fraction,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method}, {self.budget}, planes {self.planes or '-'}, tail {self.tail}",
+            f"backend {self.backend.name}: {self.backend.reason}",
+            f"{'layer':>5}  {'mode':<6}  {'sparse steps':>12}  {'tokens read':>12}  {'bytes read':>10}  dense steps",
+        ]
+        for layer in self.layers:
+            tokens = f"{layer.tokens_read / layer.tokens_cached:.1%}" if layer.tokens_cached else "-"
+            read = f"{layer.bytes_read / layer.bytes_dense:.1%}" if layer.bytes_dense else "-"
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(layer.dense_steps.items()))
+            mode = "sparse" if layer.sparse else "dense"
+            note = reasons if layer.sparse or not layer.reason else f"{reasons} ({layer.reason})"
+            lines.append(f"{layer.layer:>5}  {mode:<6}  {layer.sparse_steps:>12}  {tokens:>12}  {read:>10}  {note}")
+        parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.resident_bytes.items())
+        lines.append(f"memory: {parts}; peak {_mib(self.peak_bytes)}; {self.used} of {self.capacity} slots in use")
+        return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"

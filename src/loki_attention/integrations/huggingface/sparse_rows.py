@@ -1,0 +1,130 @@
+"""Which rows of a forward are sparse, and their attention. The one place that knows decode from prefill."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from loki_attention.cache import LayerCache
+from loki_attention.core.shapes import PackedKeys
+from loki_attention.core.tail import TailSums
+from loki_attention.integrations.huggingface.masks import check_nested, own_slots, rows_of
+from loki_attention.kernels import torch_backend
+from loki_attention.kernels.ops import rows_at_once
+from loki_attention.kernels.rows import Rows
+from loki_attention.methods import LayerView, Method, Step
+
+
+@dataclass(frozen=True, slots=True)
+class RowRule:
+    """Which rows of a many-row forward are sparse: those from ``prompt_tokens`` on, or all with one K for the window.
+
+    Without a rule only single new tokens are: many rows at once are prefill.
+    """
+
+    prompt_tokens: int | Int[Tensor, " b"] = 0
+    whole_window: bool = False
+
+
+class SparseRows(NamedTuple):
+    """The rows of a forward from ``start`` on, each row's budget, and which of them really are sparse."""
+
+    start: int
+    rows: Rows
+    k: Int[Tensor, "b t"]
+    active: Bool[Tensor, "b t"]
+
+
+class Tensors(NamedTuple):
+    """One layer's tensors in one forward, as attention received them, and the layer's store if it has one."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    scale: float
+    store: LayerCache | None
+
+
+def find_sparse_rows(tensors: Tensors, method: Method, rule: RowRule | None, dense_below: int) -> SparseRows | str:
+    """The forward's sparse rows, or the reason why it is dense throughout."""
+    batch, _, count, _ = tensors.query.shape
+    if count > 1 and rule is None:
+        return "prefill"
+    device = tensors.query.device
+    rows = rows_of(tensors.mask, batch, count, tensors.keys.shape[2], device)
+    active = torch.ones_like(rows.tokens, dtype=torch.bool)
+    k = method.budgets(rows)
+    if count > 1 and rule is not None:
+        prompt = torch.as_tensor(rule.prompt_tokens, device=device).reshape(-1, 1)
+        active = own_slots(rows) & (rows.tokens > prompt)
+        if rule.whole_window:
+            k = torch.minimum(method.budget.of_each(rows.tokens[:, -1:]).expand_as(k), rows.tokens)
+        check_nested(tensors.mask, rows, active)
+    if not bool(active.any()):
+        return "prompt rows"
+    k = torch.where(rows.tokens < dense_below, rows.tokens, k)
+    sparse = active & (k < rows.tokens)
+    if not bool(sparse.any()):
+        return "budget covers all tokens" if bool((rows.tokens[active] >= dense_below).any()) else "below dense_below"
+    # A decode batch goes through as one: sequences that the budget covers are attended whole, without a tail.
+    wanted = active if count == 1 else sparse
+    start = int(wanted.any(0).int().argmax())
+    return SparseRows(start, rows.chunk(start, count), k[:, start:], wanted[:, start:])
+
+
+def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows) -> tuple[Tensor, Tensor | None]:
+    """Attention output (B, H, T', D) of the rows from ``found.start`` on and their slots (B, sets, T', K)."""
+    query = tensors.query[:, :, found.start :]
+    batch, heads, count, dim = query.shape
+    layer = view_of(tensors, method)
+    widest = int(found.k.max())
+    at_once = rows_at_once(batch * heads, tensors.keys.shape[2], widest, dim)
+    outputs, indices = [], []
+    for start in range(0, count, at_once):
+        part = slice(start, min(start + at_once, count))
+        rows = found.rows.chunk(part.start, part.stop)
+        encoded = method.encode(query[:, :, part], tensors.scale)
+        step = Step(query[:, :, part], layer, rows, found.k[:, part], tensors.scale, encoded)
+        answer = method.attend(step)
+        outputs.append(answer.output)
+        if answer.indices is not None:
+            missing = widest - answer.indices.shape[-1]
+            indices.append(torch.nn.functional.pad(answer.indices, (0, missing), value=-1))
+    return torch.cat(outputs, dim=2), torch.cat(indices, dim=2) if indices else None
+
+
+def view_of(tensors: Tensors, method: Method) -> LayerView:
+    """The layer as a method sees it: twins and sums from the store, or made on the spot where there is none."""
+    store, encoder = tensors.store, method.encoder
+
+    def twins() -> PackedKeys:
+        assert encoder is not None
+        return store.encode(encoder) if store is not None else made["twins"]
+
+    def sums(rows: Rows) -> TailSums:
+        if store is not None and tensors.query.shape[2] == 1:
+            held = store.absorb(encoder, rows)
+            return TailSums(held.tokens[:, None], *(tensor.unsqueeze(2) for tensor in held[1:]))
+        return torch_backend.sums_of_blocks(made["leading"], tensors.values, rows)
+
+    made = _Lazy(
+        twins=lambda: encoder.encode_keys(tensors.keys) if encoder is not None else tensors.keys,
+        leading=lambda: torch_backend.leading_dims(tensors.keys, encoder),
+    )
+    return LayerView(tensors.keys, tensors.values, twins, sums)
+
+
+class _Lazy(dict[str, Tensor]):
+    """Tensors made when first asked for and kept for the other chunks of the forward."""
+
+    def __init__(self, **makers: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self._makers = makers
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self._makers[name]()
+        return self[name]

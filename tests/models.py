@@ -1,0 +1,85 @@
+"""Tiny random models that emit many different tokens, and bases for them."""
+
+from functools import cache
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from loki_attention import Budget, KeyBasis, Planes
+from loki_attention.core.candidates import build
+from loki_attention.core.moments import LayerMoments
+from loki_attention.core.spec import ModelSpec
+from loki_attention.integrations.huggingface.observe import Observation, observe
+
+CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+VOCABULARY = 211
+BUDGET = Budget(tokens=24, sinks=2, recent=4)
+LAYOUTS = {"gqa": (4, 2), "mqa": (4, 1), "mha": (2, 2)}
+
+
+@cache
+def tiny_model(
+    family: str = "llama", layout: str = "gqa", dtype: torch.dtype = torch.float64, seed: int = 0, layers: int = 3
+) -> PreTrainedModel:
+    """A random model of a few layers, its weights scaled so that greedy decoding does not repeat one token."""
+    heads, kv_heads = LAYOUTS[layout]
+    config = CONFIGS[family](
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=16,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.mul_(6.0 if "self_attn" in name else 10.0 if "mlp" in name else 16.0)
+    return model.to(dtype)
+
+
+@cache
+def tiny_basis(
+    family: str = "llama",
+    layout: str = "gqa",
+    candidate: str = "balanced",
+    tail: str = "linear",
+    planes: str = "8@4",
+    seed: int = 0,
+) -> KeyBasis:
+    """The basis of a tiny model from a few random windows."""
+    model = tiny_model(family, layout, seed=seed)
+    moments: dict[int, LayerMoments] = {}
+
+    def add(seen: Observation) -> None:
+        kv_heads, dim = seen.keys.shape[1], seen.keys.shape[3]
+        layer = moments.setdefault(seen.layer, LayerMoments.empty(kv_heads, dim))
+        layer.pre_keys.add(seen.pre_keys[0])
+        layer.post_keys.add(seen.keys[0])
+        layer.queries.add(seen.query[0].reshape(kv_heads, -1, dim))
+
+    with torch.inference_mode(), observe(model, add):
+        for window in random_ids(6, 256, seed=seed + 1).split(1):
+            model(window, use_cache=False)
+    layers = {i: build(candidate, m) for i, m in moments.items()}
+    return KeyBasis(
+        spec=ModelSpec.of(model),
+        layers=layers,
+        planes=Planes.parse(planes),
+        budget=BUDGET,
+        tail=tail,
+        moments=moments,
+    )
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Token ids (B, S), none of them the padding id 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
