@@ -54,7 +54,6 @@ class LayerCache:
         self.length = 0
         self.twins: Twins | None = None
         self.tail: Tail | None = None
-        self.peak_bytes = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -96,7 +95,6 @@ class LayerCache:
         self._keys[:, :, self.length : new] = keys
         self._values[:, :, self.length : new] = values
         self.length = new
-        self.peak_bytes = max(self.peak_bytes, sum(self.bytes.values()))
 
     def encode(self, encoder: Encoder) -> PackedKeys:
         """Bring the twins up to date and return those of all cached tokens; another encoder starts afresh."""
@@ -114,7 +112,6 @@ class LayerCache:
             stop = min(start + _ENCODE_AT_ONCE, self.length)
             twins.packed[:, :, start:stop] = encoder.encode_keys(self._keys[:, :, start:stop])
         twins.encoded = self.length
-        self.peak_bytes = max(self.peak_bytes, sum(self.bytes.values()))
         return twins.packed[:, :, : self.length]
 
     def absorb(self, encoder: Encoder | None, rows: Rows) -> TailSums:

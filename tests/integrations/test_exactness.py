@@ -149,7 +149,9 @@ def test_lower_precision_stays_within_twice_torchs_own_error(dtype: torch.dtype)
     assert (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max() + 1e-6
 
 
-def numpy_tail_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, chosen: np.ndarray, enc: dict, scale: float) -> np.ndarray:
+def numpy_tail_step(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, chosen: np.ndarray, enc: dict, scale: float
+) -> np.ndarray:
     """One query head over one KV head with the linear tail, as docs/concepts.md has it; n < 1024, all sampled."""
     n, covered = len(k), 64 * max(0, len(k) // 64 - 1)
     e = (k - enc["mean"]) @ enc["key_map"]

@@ -22,12 +22,12 @@ LayerChoice = str | Budget
 
 
 def attach(
-    model: PreTrainedModel,
-    basis: KeyBasis | None = None,
+    model: Any,
+    basis: Any = None,
     *,
     method: str = "loki",
-    budget: Budget | None = None,
-    planes: Planes | str | None = None,
+    budget: Any = None,
+    planes: Any = None,
     tail: str | None = None,
     per: str = "kv-head",
     layers: Mapping[int, LayerChoice] | None = None,
@@ -36,6 +36,7 @@ def attach(
 ) -> Attached:
     """The handle of ``model`` with its decode steps run by ``method``; use it in a ``with`` block or ``detach()`` it.
 
+    ``model`` is a transformers model, ``basis`` a ``KeyBasis``, ``budget`` a ``Budget``, ``planes`` text or ``Planes``.
     ``budget`` and ``planes`` default to what the basis was chosen for; without a basis a budget is needed. ``tail`` is
     ``"none"``, ``"mean"`` or ``"linear"``, by default the basis's choice for loki and none for others. ``per`` is
     ``"kv-head"`` or, for research, ``"query-head"`` (paper-loki's rule). ``layers`` overrides single layers with
@@ -88,8 +89,8 @@ class _Request:
 def _resolve(
     kind: type[Method],
     basis: KeyBasis | None,
-    budget: Budget | None,
-    planes: Planes | str | None,
+    budget: Any,
+    planes: Any,
     tail: str | None,
     per: str,
 ) -> _Request:
@@ -141,7 +142,7 @@ def _tail_for(kind: type[Method], basis: KeyBasis | None, tail: str | None) -> s
     return tail
 
 
-def _planes_for(kind: type[Method], basis: KeyBasis | None, planes: Planes | str | None) -> Planes | None:
+def _planes_for(kind: type[Method], basis: KeyBasis | None, planes: Any) -> Planes | None:
     if basis is None:
         return None
     if planes is None:

@@ -1,7 +1,6 @@
 """The handle of an attached model: hooks in, row rules, traces, report, hooks out."""
 
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from loki_attention.cache import LayerCache
 from loki_attention.errors import ArgumentError, LokiWarning, ModelError
 from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
 from loki_attention.integrations.huggingface.families import attention_modules, decoder_of, text_config
 from loki_attention.integrations.huggingface.interception import Redirection, original_attention
-from loki_attention.integrations.huggingface.report import LayerReport, Report, Tally
+from loki_attention.integrations.huggingface.report import LayerReport, Memory, Report, Tally
 from loki_attention.integrations.huggingface.sparse_rows import (
     RowRule,
     SparseRows,
@@ -69,7 +67,7 @@ class Attached:
         self._called: set[int] = set()
         self._warned_of_length = False
         self._tallies = {layer: Tally() for layer in plans}
-        self._stores: weakref.WeakSet[LayerCache] = weakref.WeakSet()
+        self._memory, self._peak_bytes = Memory(), 0
         self._modules = attention_modules(model)
         self._methods: dict[tuple[int, torch.device, torch.dtype], Method] = {}
         self._redirection: Redirection | None = Redirection(model, self._modules, self._attention)
@@ -142,8 +140,6 @@ class Attached:
 
     def report(self) -> Report:
         """What the attached model did so far."""
-        stores = list(self._stores)
-        sizes = [store.bytes for store in stores]
         layers = tuple(
             LayerReport(
                 layer=index,
@@ -167,10 +163,8 @@ class Attached:
             tail=settings.tail,
             backend=settings.backend,
             layers=layers,
-            resident_bytes={name: sum(size[name] for size in sizes) for name in ("cache", "twins", "sums")},
-            peak_bytes=sum(store.peak_bytes for store in stores),
-            capacity=sum(store.capacity for store in stores),
-            used=sum(store.length for store in stores),
+            memory=self._memory,
+            peak_bytes=self._peak_bytes,
         )
 
     @contextmanager
@@ -198,6 +192,9 @@ class Attached:
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        stores = (store_of(_CACHE.get(), layer) for layer in self._plans)
+        self._memory = Memory.of(store for store in stores if store is not None)
+        self._peak_bytes = max(self._peak_bytes, self._memory.total)
         _CACHE.set(None)
         missed = sorted(set(self._plans) - self._called)
         if output is not None and missed:
@@ -211,8 +208,6 @@ class Attached:
         layer: int = module.layer_idx
         self._called.add(layer)
         store = store_of(_CACHE.get(), layer)
-        if store is not None:
-            self._stores.add(store)
         self._warn_if_too_long(key.shape[2])
         tensors = Tensors(query, key, value, attention_mask, float(kwargs["scaling"]), store)
         method = self._method(layer, query)

@@ -42,7 +42,7 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def attention_modules(model: PreTrainedModel) -> dict[int, Any]:
+def attention_modules(model: Any) -> dict[int, Any]:
     """The attention module of every full-attention layer, by layer index; others are not ours."""
     family, config = family_of(model), text_config(model)
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

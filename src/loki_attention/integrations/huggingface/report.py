@@ -1,12 +1,13 @@
 """What an attached model did: layers, steps by reason, tokens and bytes read against dense, memory."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from loki_attention.cache import LayerCache
 from loki_attention.kernels.ops import Backend
 
 
@@ -32,6 +33,31 @@ class Tally:
         self.bytes_dense += dense_bytes
 
 
+class Memory(NamedTuple):
+    """Bytes of a cache's K/V buffers, twins and tail sums over its layers; slots a layer holds and uses."""
+
+    cache: int = 0
+    twins: int = 0
+    sums: int = 0
+    capacity: int = 0
+    used: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.cache + self.twins + self.sums
+
+    @classmethod
+    def of(cls, stores: Iterable[LayerCache]) -> "Memory":
+        """The memory of a cache's layers."""
+        held = list(stores)
+        sizes = [store.bytes for store in held]
+        cache, twins, sums = (sum(size[name] for size in sizes) for name in ("cache", "twins", "sums"))
+        return cls(
+            cache, twins, sums, max((s.capacity for s in held), default=0), max((s.length for s in held), default=0)
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
     """One layer: whether it may be sparse, why not, and its counts."""
@@ -52,8 +78,7 @@ class LayerReport:
 class Report:
     """A snapshot of an attached model's work. ``bytes_*`` of reading cover sparse rows only, beside dense ones' need.
 
-    ``resident_bytes`` and ``peak_bytes`` are of the caches that are alive: K/V, twins, sums; ``capacity`` and ``used``
-    count slots over their layers.
+    ``memory`` is that of the cache of the last forward; ``peak_bytes`` the most that any forward's cache held.
     """
 
     method: str
@@ -62,10 +87,8 @@ class Report:
     tail: str
     backend: Backend
     layers: tuple[LayerReport, ...]
-    resident_bytes: Mapping[str, int]
+    memory: Memory
     peak_bytes: int
-    capacity: int
-    used: int
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -93,7 +116,7 @@ class Report:
         fields = asdict(self)
         return fields | {
             "backend": self.backend._asdict(),
-            "resident_bytes": dict(self.resident_bytes),
+            "memory": self.memory._asdict(),
             "read_fraction": self.read_fraction,
         }
 
@@ -110,8 +133,11 @@ class Report:
             mode = "sparse" if layer.sparse else "dense"
             note = reasons if layer.sparse or not layer.reason else f"{reasons} ({layer.reason})"
             lines.append(f"{layer.layer:>5}  {mode:<6}  {layer.sparse_steps:>12}  {tokens:>12}  {read:>10}  {note}")
-        parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.resident_bytes.items())
-        lines.append(f"memory: {parts}; peak {_mib(self.peak_bytes)}; {self.used} of {self.capacity} slots in use")
+        memory = self.memory
+        lines.append(
+            f"memory: K/V {_mib(memory.cache)}, twins {_mib(memory.twins)}, tail {_mib(memory.sums)}, peak "
+            f"{_mib(self.peak_bytes)}; {memory.used} of {memory.capacity} slots a layer in use"
+        )
         return "\n".join(lines)
 
 
