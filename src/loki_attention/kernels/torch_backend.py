@@ -164,7 +164,8 @@ def sums_of_blocks(encoded: Tensor, values: Values, rows: Rows) -> TailSums:
     which = covered // BLOCK
     prefixes = []
     for block_sums in sums:
-        running = torch.cat([torch.zeros_like(block_sums[:, :, :1]), block_sums.cumsum(2)], dim=2)
+        nothing = block_sums.new_zeros(*block_sums.shape[:2], 1, *block_sums.shape[3:])
+        running = torch.cat([nothing, block_sums.cumsum(2)], dim=2)
         shape = (which.shape[0], 1, which.shape[1], *([1] * (running.dim() - 3)))
         prefixes.append(running.take_along_dim(which.reshape(shape), dim=2))
     return TailSums(covered[:, None].to(encoded.dtype), *prefixes)

@@ -1,0 +1,1 @@
+"""Timing with its conditions: what ran, on what, with which versions."""

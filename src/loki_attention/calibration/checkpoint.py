@@ -1,0 +1,79 @@
+"""What a calibration run has done so far, on disk, so that a killed run goes on to the identical result."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from loki_attention.core.artifact import moments_from, save_moments
+from loki_attention.core.moments import LayerMoments
+from loki_attention.errors import ArgumentError
+
+
+class Checkpoint:
+    """A folder of partial results that belong to one ``key`` (model, windows and settings); another key starts afresh.
+
+    ``None`` as folder keeps nothing. Raises ``ArgumentError`` for a folder that holds something else.
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self._folder = folder
+        if folder is None:
+            return
+        stamp = folder / "key.txt"
+        if folder.exists() and not stamp.is_file() and any(folder.iterdir()):
+            raise ArgumentError(f"{folder} holds something that is not a calibration in progress; name another folder")
+        if stamp.is_file() and stamp.read_text(encoding="utf-8") != key:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(stamp, key)
+
+    def moments(self) -> tuple[int, dict[int, LayerMoments]] | None:
+        """Windows done and their moments, or None."""
+        file = self._latest()
+        return None if file is None else (_windows_of(file), moments_from(load_file(file)))
+
+    def save_moments(self, windows_done: int, moments: Mapping[int, LayerMoments]) -> None:
+        """Keep the moments of the first ``windows_done`` windows."""
+        if self._folder is None:
+            return
+        old, draft = self._latest(), self._folder / "draft"
+        save_moments(draft, moments)
+        file = self._folder / f"moments-{windows_done}.safetensors"
+        os.replace(draft, file)
+        if old is not None and old != file:
+            old.unlink()
+
+    def once(self, name: str, settings: object, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns (plain JSON types), kept under ``name`` and ``settings`` and computed only once."""
+        if self._folder is None:
+            return compute()
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        file = self._folder / f"{name}-{digest}.json"
+        if not file.is_file():
+            _write(file, json.dumps(compute()))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def remove(self) -> None:
+        """Delete the folder: the run is done."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _latest(self) -> Path | None:
+        files = [] if self._folder is None else sorted(self._folder.glob("moments-*.safetensors"), key=_windows_of)
+        return files[-1] if files else None
+
+
+def _windows_of(file: Path) -> int:
+    return int(file.stem.split("-")[1])
+
+
+def _write(file: Path, text: str) -> None:
+    draft = file.with_suffix(".draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)

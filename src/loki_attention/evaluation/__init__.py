@@ -1,0 +1,1 @@
+"""What a method loses: perplexity, retrieval and fidelity to dense attention."""
