@@ -10,14 +10,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from records import calibrated, model_and_tokenizer, retrieval_results
-from variants import retrieval_variants
-
 from loki_attention.benchmarking.resumable import run_items
 from loki_attention.evaluation.needles import KINDS, Question, needle_questions
 from loki_attention.evaluation.retrieval import answer
 from loki_attention.evaluation.text import detokenize_wikitext
 from loki_attention.results import Result, environment, save_results
+from records import calibrated, model_and_tokenizer, retrieval_results
+from variants import retrieval_variants
 
 LENGTHS = (1024, 2048, 4096)
 CALIBRATION_LENGTH = 4096
@@ -53,7 +52,7 @@ def main() -> None:
         partial = arguments.output.with_name(f"{arguments.output.stem}-{length}.partial")
         items = run_items(partial, key, len(questions), measure)
         results += retrieval_results(variants, items, length)
-    save_results(arguments.output, results, environment())
+    save_results(arguments.output, results, environment(dtype="float32"))
     for length in LENGTHS:
         arguments.output.with_name(f"{arguments.output.stem}-{length}.partial").unlink()
 

@@ -9,13 +9,12 @@ Windows of 2048 tokens; the first half is a dense prompt, every row of the secon
 import argparse
 from pathlib import Path
 
-from records import calibrated, loss_results, model_and_tokenizer
-from variants import perplexity_variants
-
 from loki_attention.benchmarking.resumable import run_items
 from loki_attention.evaluation.continuation import Loss, compare_window
 from loki_attention.evaluation.text import detokenize_wikitext, text_windows
 from loki_attention.results import environment, save_results
+from records import calibrated, loss_results, model_and_tokenizer
+from variants import perplexity_variants
 
 LENGTH = 2048
 
@@ -40,7 +39,7 @@ def main() -> None:
     key = f"wikitext {basis.record['windows']} {basis.candidate} {[variant.config for variant in variants]}"
     items = run_items(arguments.output.with_suffix(".partial"), key, len(windows), measure)
     losses = {variant.name: [Loss(*item[variant.name]) for item in items] for variant in variants}
-    save_results(arguments.output, loss_results(variants, losses), environment())
+    save_results(arguments.output, loss_results(variants, losses), environment(dtype="float32"))
     arguments.output.with_suffix(".partial").unlink()
 
 

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from models import BUDGET, LAYOUTS, VOCABULARY, random_ids, tiny_basis, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from loki_attention import Budget, KeyBasis, LokiError, LokiWarning, attach
 from loki_attention.integrations.huggingface.cache_layer import PreallocatedLayer
+from models import BUDGET, LAYOUTS, VOCABULARY, random_ids, tiny_basis, tiny_model
 
 WHOLE = Budget(tokens=1000, sinks=2, recent=4)
 NEW = 24

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from models import BUDGET, LAYOUTS, random_ids, tiny_basis, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -15,6 +14,7 @@ from loki_attention.core.tail import TailSums, covered_tokens
 from loki_attention.integrations.huggingface.families import attention_modules
 from loki_attention.integrations.huggingface.interception import Redirection
 from loki_attention.integrations.huggingface.observe import observe
+from models import BUDGET, LAYOUTS, random_ids, tiny_basis, tiny_model
 
 PROMPT, LENGTH = 150, 190
 SETTINGS: dict[str, dict[str, str]] = {

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _LONGEST_DEFAULT = 8192
 def calibrate(
     model: Any,
     tokenizer: Any = None,
-    texts: Iterable[str | Path] | Path | None = None,
+    texts: Iterable[str] | Sequence[Path] | Path | None = None,
     *,
     token_ids: Iterable[Any] | None = None,
     length: int | None = None,
@@ -39,7 +39,7 @@ def calibrate(
     held_out_tokens: int = 16384,
     field: str = "text",
     seed: int = 0,
-    dense_if_mass_below: float = 0.5,
+    dense_if_mass_below: float | int = 0.5,
     checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> KeyBasis:
@@ -102,11 +102,9 @@ def _windows(
         return windows_from_ids(token_ids, length=length, vocab_size=vocab_size)
     if tokenizer is None:
         raise ArgumentError("texts need a tokenizer; give the model's, or token_ids")
-    paths = [texts] if isinstance(texts, Path) else texts
-    if not isinstance(paths, str) and not hasattr(paths, "__next__"):
-        paths = list(paths)
-        if paths and all(isinstance(item, Path) for item in paths):
-            return windows_from_files(paths, tokenizer, length=length, field=field, **limits)
+    paths: Any = [texts] if isinstance(texts, Path) else texts
+    if isinstance(paths, list | tuple) and paths and all(isinstance(item, Path) for item in paths):
+        return windows_from_files(paths, tokenizer, length=length, field=field, **limits)
     return windows_from_texts(paths, tokenizer, length=length, **limits)
 
 
@@ -138,7 +136,7 @@ def _checked_planes(planes: Planes | str | None, head_dim: int) -> Planes:
     return chosen
 
 
-def _check_choices(candidate: str | None, tail: str | None, dense_if_mass_below: float) -> None:
+def _check_choices(candidate: str | None, tail: str | None, dense_if_mass_below: float | int) -> None:
     if candidate is not None and candidate not in CANDIDATES:
         raise unknown_name("candidate", candidate, CANDIDATES)
     if tail is not None:

@@ -7,6 +7,7 @@ then between the tails (mass alone misleads: ``docs/concepts.md``).
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from loki_attention.evaluation.variant import Variant
 PER_HEAD = "per-head"
 LADDER = {"1/8": 1 / 8, "1/16": 1 / 16, "1/32": 1 / 32}
 """Fractions whose expected loss is measured beside the asked budget's."""
+Figures = dict[str, float]
 Windows = Sequence[Int[Tensor, "1 s"]]
 
 
@@ -58,10 +60,10 @@ class Fitting:
             moments=self.moments,
         )
 
-    def losses(self, name: str, variants: Sequence[Variant]) -> dict[str, dict[str, float]]:
+    def losses(self, name: str, variants: Sequence[Variant]) -> dict[str, Figures]:
         """The figures of every variant over all held-out windows that are long enough to be sparse."""
         windows = [w for w in self.held_out if self.budget.of(w.shape[1]) < w.shape[1]]
-        if not windows:
+        if not windows or not variants:
             return {}
         total = {variant.name: Loss() for variant in variants}
         settings = [
@@ -70,24 +72,14 @@ class Fitting:
         with stage(name, sum(w.shape[1] for w in windows), show=self.show) as advance, warnings.catch_warnings():
             warnings.simplefilter("ignore", LokiWarning)
             for i, window in enumerate(windows):
-                compute = _Comparison(self.model, window, variants)
+                compute = partial(compare_window, self.model, window, variants)
                 for key, loss in self.checkpoint.once(f"{name}-{i}", (settings, str(self.planes)), compute).items():
                     total[key] += Loss(*loss)
                 advance(window.shape[1])
         return {key: loss.figures() for key, loss in total.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
-    model: Any
-    window: Tensor
-    variants: Sequence[Variant]
-
-    def __call__(self) -> dict[str, list[float]]:
-        return {name: list(loss) for name, loss in compare_window(self.model, self.window, self.variants).items()}
-
-
-def fit(fitting: Fitting, *, candidate: str | None, tail: str | None, dense_if_mass_below: float) -> KeyBasis:
+def fit(fitting: Fitting, *, candidate: str | None, tail: str | None, dense_if_mass_below: float | int) -> KeyBasis:
     """The best basis by the rules of the module, with every figure in ``record["figures"]``.
 
     ``candidate`` and ``tail`` force one instead of comparing.
@@ -110,12 +102,13 @@ def fit(fitting: Fitting, *, candidate: str | None, tail: str | None, dense_if_m
             LokiWarning,
             stacklevel=3,
         )
-    fallback = candidate or "balanced"
-    winner = bases[min(compared, key=lambda name: compared[name]["kl"]) if compared else fallback]
-    tails = _compare_tails(fitting, winner, tail)
+    best_name = min(compared, key=lambda name: compared[name]["kl"]) if compared else candidate or "balanced"
+    winner = bases[best_name]
+    tails = _compare_tails(fitting, winner, tail, {"none": compared[best_name]} if compared else {})
     best_tail = min(tails, key=lambda name: tails[name]["kl"]) if tails else tail or "linear"
     winner = replace(winner, tail=best_tail)
-    figures = {"mass": mass, "candidates": compared, "tails": tails, "budgets": _ladder(fitting, winner)}
+    ladder = _ladder(fitting, winner, tails[best_tail]) if tails else {}
+    figures = {"mass": mass, "candidates": compared, "tails": tails, "budgets": ladder}
     return replace(winner, record={"figures": figures})
 
 
@@ -136,7 +129,7 @@ def _measure_mass(
 
 
 def _best_per_head(
-    mass: Mapping[str, Mapping[str, list[float]]], dense_below: float
+    mass: Mapping[str, Mapping[str, list[float]]], dense_below: float | int
 ) -> tuple[dict[int, tuple[str, ...]], tuple[int, ...]]:
     """Each layer's best candidate per KV head, and the layers where even that keeps too little of exact's mass."""
     best: dict[int, tuple[str, ...]] = {}
@@ -157,20 +150,26 @@ def _best_per_head(
     return best, tuple(dense)
 
 
-def _compare_tails(fitting: Fitting, winner: KeyBasis, tail: str | None) -> dict[str, dict[str, float]]:
+def _compare_tails(
+    fitting: Fitting, winner: KeyBasis, tail: str | None, known: Mapping[str, Figures]
+) -> dict[str, Figures]:
+    """The figures of every tail with the winning basis; ``known`` ones are not measured again."""
     names = (tail,) if tail is not None else TAILS
-    return fitting.losses("tails", [_loki(fitting, name, winner, name) for name in names])
+    missing = [_loki(fitting, name, winner, name) for name in names if name not in known]
+    measured = {**known, **fitting.losses("tails", missing)}
+    return {name: measured[name] for name in names if name in measured}
 
 
-def _ladder(fitting: Fitting, winner: KeyBasis) -> dict[str, dict[str, dict[str, float]]]:
+def _ladder(fitting: Fitting, winner: KeyBasis, asked: Figures) -> dict[str, dict[str, Figures]]:
     """Expected loss at the asked budget and down the ladder, beside exact top-k's (shared sets, no tail)."""
     budgets = {"asked": fitting.budget} | {name: fitting.budget.at_fraction(f) for name, f in LADDER.items()}
     variants = []
-    for name, budget in budgets.items():
-        variants.append(Variant(name=f"loki {name}", method="loki", basis=winner, budget=budget))
-        variants.append(Variant(name=f"{EXACT} {name}", method=EXACT, basis=winner, budget=budget))
-    figures = fitting.losses("expected loss", variants)
-    return {name: {m: figures[f"{m} {name}"] for m in ("loki", EXACT)} for name in budgets if figures}
+    for budget in dict.fromkeys(budgets.values()):
+        variants.append(Variant(name=f"{EXACT} {budget}", method=EXACT, basis=winner, budget=budget))
+        if budget != fitting.budget:
+            variants.append(Variant(name=f"loki {budget}", method="loki", basis=winner, budget=budget))
+    figures = fitting.losses("expected loss", variants) | {f"loki {fitting.budget}": asked}
+    return {name: {m: figures[f"{m} {budget}"] for m in ("loki", EXACT)} for name, budget in budgets.items()}
 
 
 def _loki(fitting: Fitting, name: str, basis: KeyBasis, tail: str) -> Variant:

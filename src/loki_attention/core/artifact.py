@@ -140,9 +140,14 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _replace_folder(draft: Path, path: Path) -> None:
-    """Rename ``draft`` to ``path``; an older folder steps aside first and goes last."""
+    """Rename ``draft`` to ``path``; an older folder steps aside first, goes last, and comes back where that fails."""
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
         path.rename(old)
-    draft.rename(path)
+    try:
+        draft.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)

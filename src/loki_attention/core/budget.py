@@ -32,7 +32,7 @@ class Budget:
     """
 
     tokens: int | None = None
-    fraction: float | None = None
+    fraction: float | int | None = None
     minimum: int = 64
     sinks: int = 4
     recent: int = 32

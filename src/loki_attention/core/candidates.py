@@ -14,6 +14,7 @@ from loki_attention.errors import ArgumentError, unknown_name
 
 CANDIDATES = ("pca-pre", "pca-post", "balanced")
 _SMALLEST_EIGENVALUE = 1e-6
+_SMALLEST_LARGEST_EIGENVALUE = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,8 @@ def _balanced_maps(query_moment: Tensor, key_covariance: Tensor) -> tuple[Tensor
 def _root_and_inverse(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """The square root and its inverse of one and the same clamped matrix: their product is the identity."""
     values, vectors = torch.linalg.eigh(symmetric)
-    largest = values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny)
+    # Keys that never vary still need roots whose product with others is finite in float32.
+    largest = values[:, -1:].clamp(min=_SMALLEST_LARGEST_EIGENVALUE)
     root = values.clamp(min=_SMALLEST_EIGENVALUE * largest).sqrt()[:, None, :]
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 

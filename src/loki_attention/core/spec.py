@@ -31,7 +31,8 @@ class Fingerprint:
         values: list[float] = []
         for _, weight in chosen:
             flat = weight.detach().reshape(-1)
-            slots = torch.linspace(0, flat.numel() - 1, each, device=flat.device).long()
+            # Whole numbers: float32 cannot tell the last slots of a large vocabulary apart, and steps past the end.
+            slots = torch.arange(each, device=flat.device) * (flat.numel() - 1) // max(1, each - 1)
             values += flat[slots].float().tolist()
         epsilon = max((torch.finfo(p.dtype).eps for _, p in chosen), default=0.0)
         return cls(tuple(values), max(epsilon, torch.finfo(torch.float32).eps))

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,13 +23,32 @@ KINDS = ("magic number", "secret words", "pass key")
 _FACTS = 4
 _LEAST_PROSE_TOKENS = 64
 _SENTENCE_END = re.compile(r'(?<=[.!?])(?=\s+[A-Z"(=])')
-_NOUNS = (
-    "apple anchor basket blanket bottle bridge button candle carpet castle chimney circle copper corner cotton"
-    " diamond engine feather finger forest garden hammer harbor island jacket kettle ladder lantern lemon letter"
-    " marble market meadow mirror mountain needle orange orchard paper pencil pepper pillow pocket potato powder"
-    " rabbit ribbon river saddle shadow silver spider summer table thunder ticket tower valley velvet violin"
-    " wagon window winter"
-).split()
+_NOUNS = """
+    apple anchor basket blanket bottle bridge button candle carpet castle chimney circle copper corner
+    cotton diamond engine feather finger forest garden hammer harbor island jacket kettle ladder lantern
+    lemon letter marble market meadow mirror mountain needle orange orchard paper pencil pepper pillow
+    pocket potato powder rabbit ribbon river saddle shadow silver spider summer table thunder ticket
+    tower valley velvet violin wagon window winter
+""".split()  # noqa: SIM905 - a list of 63 lines is no easier to read
+
+
+class _Wording(NamedTuple):
+    ask: str
+    opening: str
+    rest: str
+
+
+_WORDINGS = {
+    "magic number": _Wording(
+        "What is the special magic number for {name}?", "The special magic number for {name} is:", ""
+    ),
+    "secret words": _Wording("What are the secret words of {name}?", "The secret words of {name} are:", ""),
+    "pass key": _Wording(
+        "What is the pass key for {name}?",
+        "The pass key for {name} is",
+        " Remember it. {answer} is the pass key for {name}.",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,17 +127,14 @@ def _facts(kind: str, rng: random.Random) -> list[_Fact]:
     """Four facts of one kind about four different nouns, with different answers."""
     nouns = rng.sample(_NOUNS, 4 * _FACTS)
     numbers = rng.sample(range(10000, 100000), _FACTS)
+    wording = _WORDINGS[kind]
     facts = []
     for i, (name, number) in enumerate(zip(nouns, numbers, strict=False)):
-        if kind == "magic number":
-            question, answer, rest = f"The special magic number for {name} is:", str(number), ""
-        elif kind == "secret words":
-            words = nouns[_FACTS + 3 * i : _FACTS + 3 * i + 3]
-            question, answer, rest = f"The secret words of {name} are:", " ".join(words), ""
-        else:
-            question, answer = f"The pass key for {name} is", str(number)
-            rest = f" Remember it. {number} is the pass key for {name}."
-        facts.append(_Fact(f"{question} {answer}.{rest}", question, answer))
+        words = nouns[_FACTS + 3 * i : _FACTS + 3 * i + 3]
+        answer = " ".join(words) if kind == "secret words" else str(number)
+        opening = wording.opening.format(name=name)
+        rest = wording.rest.format(name=name, answer=answer)
+        facts.append(_Fact(f"{opening} {answer}.{rest}", f"{wording.ask.format(name=name)} {opening}", answer))
     return facts
 
 
@@ -143,7 +160,7 @@ def _insert(sentences: list[str], facts: list[_Fact], rng: random.Random) -> str
     """The sentences as one text with the facts between them, never before the first, whose front may be cut."""
     places = sorted(rng.randint(1, len(sentences)) for _ in facts)
     bounds = [0, *places, len(sentences)]
-    parts = ["".join(sentences[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = ["".join(sentences[a:b]) for a, b in pairwise(bounds)]
     return parts[0] + "".join(f" {fact.sentence}{part}" for fact, part in zip(facts, parts[1:], strict=True))
 
 

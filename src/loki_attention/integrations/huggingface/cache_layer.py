@@ -78,7 +78,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def _show(self) -> None:
         """Show the views under the names that transformers reads."""
-        vars(self).update(keys=self.store.keys, values=self.store.values)
+        self.__dict__.update(keys=self.store.keys, values=self.store.values)
 
 
 def own_layers(cache: Cache, depth: int, capacity: int = 0) -> None:

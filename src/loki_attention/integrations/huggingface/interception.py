@@ -68,9 +68,9 @@ def _register(original: str) -> str:
     name = _PREFIX + original
     if name not in ALL_ATTENTION_FUNCTIONS:
 
-        def redirected(module: nn.Module, *tensors: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        def redirected(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             handler = _HANDLERS.get(module) or original_attention(module, original)
-            return handler(module, *tensors, **kwargs)
+            return handler(module, *args, **kwargs)
 
         AttentionInterface.register(name, redirected)
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])

@@ -14,10 +14,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """The causal language model at a local folder or hub name, in eval mode.
 
-    Raises ``ModelError`` where transformers cannot load it, with its reason.
+    Raises ``ModelError`` where transformers cannot load it, with its reason, and ``ArgumentError`` for an unknown
+    ``dtype`` or a ``device`` that is not there.
     """
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    _check_device(device)
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
@@ -37,6 +39,13 @@ def load_tokenizer(name: str) -> Any:
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache for ``model``."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"cannot use device {device!r}: {_first_line(error)}; give cpu, or cuda") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,295 @@
+"""One schema for every number this project publishes: what was measured, how surely, and on what machine.
+
+Knows how results are written, read and bounded; knows nothing of how they come about.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path, PureWindowsPath
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+
+from loki_attention.errors import ArgumentError
+
+SCHEMA_VERSION = 1
+
+Setting = str | int | float | None
+
+_NORMAL_95 = 1.959963984540054
+_RESAMPLED_AT_ONCE = 1 << 20
+_ABSOLUTE = re.compile(r"/|~|[A-Za-z]:[\\/]")
+
+
+class Interval(NamedTuple):
+    """A 95 % confidence interval, in the value's unit."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One measured number.
+
+    ``value`` in ``unit``, over ``n`` questions, windows or runs drawn by ``seed`` (``None``: nothing was drawn);
+    ``read_bytes``: cache bytes read a decode step, where it was measured; ``config``: what else tells this result
+    from its neighbours (method, budget, planes, length). Raises ``ArgumentError`` for a value that is not finite.
+    """
+
+    metric: str
+    value: int | float
+    unit: str
+    n: int
+    seed: int | None = None
+    interval: tuple[int | float, int | float] | None = None
+    read_bytes: int | float | None = None
+    config: Mapping[str, Setting] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        numbers = [self.value, *(self.interval or ()), self.read_bytes or 0]
+        numbers += [setting for setting in self.config.values() if isinstance(setting, float)]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ArgumentError(f"{self.metric}: a result must be made of finite numbers; got {numbers}")
+        if self.n < 1:
+            raise ArgumentError(f"{self.metric}: a result over {self.n} items is none; n must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What a result was measured on and with; ``date`` is UTC, to the second, as 2026-01-31T12:00:00Z."""
+
+    command: str
+    hardware: str
+    threads: int
+    dtype: str | None
+    versions: Mapping[str, str]
+    commit: str
+    date: str
+
+
+class SavedResults(NamedTuple):
+    """What a results file holds."""
+
+    results: tuple[Result, ...]
+    environment: Environment
+
+
+def environment(command: str | None = None, *, dtype: str | None = None) -> Environment:
+    """The environment of this process.
+
+    ``command`` defaults to how the process was started; in either, absolute paths are cut to their last part.
+    ``hardware`` is the processor, its cores and the GPU, if any; ``commit`` the project's, with ``+changes`` where
+    tracked files differ (saved results apart), or ``unknown`` outside a checkout. The model's ``dtype`` is the caller's.
+    """
+    words = sys.argv if command is None else shlex.split(command)
+    return Environment(
+        command=shlex.join(_without_folders(word) for word in words),
+        hardware=_hardware(),
+        threads=torch.get_num_threads(),
+        dtype=dtype,
+        versions={
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "transformers", "loki-attention")},
+        },
+        commit=_commit(),
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def save_results(path: str | os.PathLike[str], results: Sequence[Result], environment: Environment) -> None:
+    """Write results and environment as JSON: whole or not at all. Makes the folder; replaces an older file."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "schema": SCHEMA_VERSION,
+        "environment": asdict(environment),
+        "results": [asdict(result) for result in results],
+    }
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(
+            json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_results(path: str | os.PathLike[str]) -> SavedResults:
+    """The results and environment of a file that ``save_results`` wrote.
+
+    Raises ``ArgumentError`` for a path that is not there, what is no JSON, another schema version, and fields that
+    are missing, unknown or of another type.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be read: {error.strerror}; give the path of a results file") from None
+    except ValueError:
+        raise ArgumentError(f"{path} is no JSON file, so no results file; give one that save_results wrote") from None
+    version = content.get("schema") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        found = "no schema version" if version is None else f"schema version {version!r}"
+        raise ArgumentError(f"{path} has {found}; this version reads {SCHEMA_VERSION}: write the results again")
+    if not isinstance(content.get("results"), list):
+        raise ArgumentError(f"{path} has no list of results: it is damaged; write the results again")
+    results = []
+    for number, record in enumerate(content["results"]):
+        checked = _checked(record, _RESULT_CHECKS, f"{path}, result {number}")
+        interval = checked.pop("interval")
+        results.append(Result(interval=None if interval is None else Interval(*map(float, interval)), **checked))
+    return SavedResults(
+        tuple(results), Environment(**_checked(content.get("environment"), _ENVIRONMENT_CHECKS, f"{path}, environment"))
+    )
+
+
+def wilson_interval(successes: int, n: int) -> Interval:
+    """Wilson's 95 % interval of a share, of ``successes`` among ``n`` trials; never beyond [0, 1].
+
+    >>> low, high = wilson_interval(97, 100)
+    >>> round(low, 4), round(high, 4)
+    (0.9155, 0.9897)
+
+    Raises ``ArgumentError`` where n is below 1 or ``successes`` outside [0, n].
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ArgumentError(f"{successes} successes among {n} trials; n must be at least 1 and 0 <= successes <= n")
+    share, z2 = successes / n, _NORMAL_95**2
+    center = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return Interval(min(share, max(0.0, center - half)), max(share, min(1.0, center + half)))
+
+
+def bootstrap_interval(values: Sequence[int | float] | torch.Tensor, *, seed: int, resamples: int = 10000) -> Interval:
+    """The percentile bootstrap's 95 % interval of the mean of ``values``: scores, or paired differences of scores.
+
+    Each resample draws n of the n values with replacement, by a generator of its own seeded with ``seed``: the same
+    input gives the same interval. One value gives an interval of width 0. Raises ``ArgumentError`` for no values,
+    values that are not finite or not one-dimensional, and fewer than 40 resamples.
+
+    >>> bootstrap_interval([1.0, 1.0, 1.0], seed=0)
+    Interval(low=1.0, high=1.0)
+    """
+    sample = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    if sample.ndim != 1 or not len(sample) or not bool(sample.isfinite().all()):
+        raise ArgumentError(
+            f"a bootstrap needs a row of finite values, at least one; got shape {tuple(sample.shape)}: leave out what"
+            " is not finite, or average it first"
+        )
+    if resamples < 40:
+        raise ArgumentError(f"resamples is {resamples}; at least 40 are needed to place 2.5 % and 97.5 %")
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, _RESAMPLED_AT_ONCE // len(sample))
+    means = []
+    for start in range(0, resamples, rows):
+        shape = (min(rows, resamples - start), len(sample))
+        means.append(sample[torch.randint(len(sample), shape, generator=generator)].mean(dim=1))
+    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(low, high)
+
+
+def _of(*types: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, types) and not isinstance(value, bool)
+
+
+def _mapping_of(*types: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(_of(*types), value.values()))
+
+
+def _is_interval(value: object) -> bool:
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_of(int, float), value)))
+
+
+_RESULT_CHECKS = {
+    "metric": _of(str),
+    "value": _of(int, float),
+    "unit": _of(str),
+    "n": _of(int),
+    "seed": _of(int, NoneType),
+    "interval": _is_interval,
+    "read_bytes": _of(int, float, NoneType),
+    "config": _mapping_of(str, int, float, NoneType),
+}
+_ENVIRONMENT_CHECKS = {
+    "command": _of(str),
+    "hardware": _of(str),
+    "threads": _of(int),
+    "dtype": _of(str, NoneType),
+    "versions": _mapping_of(str),
+    "commit": _of(str),
+    "date": _of(str),
+}
+
+
+def _checked(record: object, checks: Mapping[str, Callable[[object], bool]], place: str) -> dict[str, Any]:
+    """A copy of ``record``, whose fields are exactly those of ``checks`` and pass them."""
+    if not isinstance(record, dict):
+        raise ArgumentError(f"{place}: no record of named fields; the file is damaged, write the results again")
+    for name in [*checks, *record]:
+        if name not in record or name not in checks:
+            what = "is missing" if name in checks else "is unknown"
+            raise ArgumentError(f"{place}: field {name!r} {what}; known fields: {', '.join(checks)}")
+        if not checks[name](record[name]):
+            raise ArgumentError(f"{place}: field {name!r} has {record[name]!r}, which is of another type")
+    return dict(record)
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line with absolute paths, also those after ``=`` and ``,``, cut to their last part."""
+    return "".join(
+        PureWindowsPath(part).name if _ABSOLUTE.match(part) and part.strip("/") else part
+        for part in re.split(r"([=,])", word)
+    )
+
+
+def _hardware() -> str:
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.exists() else None
+    parts = [named[1].strip() if named else cpu, f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+    return ", ".join(parts)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the checkout this file is tracked in: an installed copy inside another checkout has none."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return "unknown"
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)*results/*.json")
+    return f"{commit}+changes" if changes else commit or "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, run where this file lies; ``None`` where it fails or is not installed."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
