@@ -29,7 +29,7 @@ def model_and_tokenizer() -> tuple[Any, Any]:
 def calibrated(model: Any, tokenizer: Any, text: Path, *, length: int) -> KeyBasis:
     """The basis of record: detokenised WikiText-2 train, default token counts, windows of ``length``."""
     prose = detokenize_wikitext(text.read_text(encoding="utf-8"))
-    return calibrate(model, tokenizer, prose.splitlines(keepends=True), length=length, budget=BUDGET, progress=True)
+    return calibrate(model, tokenizer, [prose], length=length, budget=BUDGET, progress=True)
 
 
 def loss_results(variants: Sequence[Variant], losses: Mapping[str, Sequence[Loss]]) -> list[Result]:

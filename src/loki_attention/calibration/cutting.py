@@ -139,7 +139,7 @@ def _stretches(text: str, count: int, length: int, rng: random.Random) -> list[_
 def _first_tokens(tokenizer: Tokenizer, stretch: _Stretch, length: int) -> Int64[Tensor, " _"]:
     """``length`` tokens from a stretch's place on, where a word begins; fewer where the whole stretch has fewer."""
     text, start = stretch
-    start = max(start, text.find(" ", start, start + 4 * length)) if start else 0
+    start = max(start, text.find(" ", start, start + 4 * length))
     for size in (CHARACTERS_PER_TOKEN * length // 2, CHARACTERS_PER_TOKEN * length):
         ids = _ids(tokenizer, text[start : start + size])
         if len(ids) >= length:
