@@ -34,13 +34,17 @@ def save(
 ) -> Path:
     """Write the folder under a temporary name, then rename it to ``path``.
 
-    Raises ``ArtifactError`` where ``path`` holds something that is not a basis.
+    Raises ``ArtifactError`` where ``path`` holds something that is not a basis, or cannot be written to.
     """
+    path = path.resolve()
     if path.exists() and not (path / _MANIFEST).is_file() and not _is_empty_folder(path):
         raise ArtifactError(f"{path} exists and is not a basis; name another folder")
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot write a basis to {path}: {error.strerror}") from None
     try:
         save_file({f"{layer}.{name}": t.contiguous() for (layer, name), t in tensors.items()}, draft / _BASIS)
         if moments is not None:
