@@ -23,13 +23,14 @@ KINDS = ("magic number", "secret words", "pass key")
 _FACTS = 4
 _LEAST_PROSE_TOKENS = 64
 _SENTENCE_END = re.compile(r'(?<=[.!?])(?=\s+[A-Z"(=])')
+# Nouns of different endings: a small model finds a fact by the last token of its noun, and confuses those that share it.
 _NOUNS = """
-    apple anchor basket blanket bottle bridge button candle carpet castle chimney circle copper corner
-    cotton diamond engine feather finger forest garden hammer harbor island jacket kettle ladder lantern
-    lemon letter marble market meadow mirror mountain needle orange orchard paper pencil pepper pillow
-    pocket potato powder rabbit ribbon river saddle shadow silver spider summer table thunder ticket
-    tower valley velvet violin wagon window winter
-""".split()  # noqa: SIM905 - a list of 63 lines is no easier to read
+    acorn almond anchor apple arrow badge banjo barrel beach bench berry blanket brick brush button
+    cabbage cabin canoe chimney cloud coffee coral crayon curtain daisy desert drum elbow engine feather
+    finger flute forest garden glove goat gravel guitar hammer honey island jewel kite knot ladder leaf
+    lizard marble moss mushroom nest oak onion orchard palm peanut quilt rabbit rope sheep silver spider
+    statue straw swan tent thunder turnip valley winter wool yacht
+""".split()  # noqa: SIM905 - a list of 72 lines is no easier to read
 
 
 class _Wording(NamedTuple):

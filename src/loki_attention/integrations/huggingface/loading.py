@@ -10,6 +10,8 @@ from loki_attention.errors import ArgumentError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
+_WHERE = "(give a local folder with a config.json, or a name on the hub)"
+
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """The causal language model at a local folder or hub name, in eval mode.
@@ -24,7 +26,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> PreTra
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a model from {name!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load a model from {name!r}: {_first_line(error)} {_WHERE}") from error
     return model.to(device).eval()
 
 
@@ -33,7 +35,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from {name!r}: {_first_line(error)} {_WHERE}") from error
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
