@@ -3,7 +3,7 @@
 Windows of 2048 tokens; the first half is a dense prompt, every row of the second half selects for itself (rule
 ``continuation``). Calibrates the bundled model first, on the text given. Resumable: run the same command again.
 
-    python benchmarks/wikitext.py --text wiki.test.raw --calibration-text wiki.train.raw -o benchmarks/results/wikitext2.json
+    python benchmarks/wikitext2.py --text wiki.test.raw --calibration-text wiki.train.raw -o benchmarks/results/wikitext2.json
 """
 
 import argparse
