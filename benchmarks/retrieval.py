@@ -7,6 +7,7 @@ rows that predict the answer are sparse (rule ``continuation``). Resumable: run 
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=400, help="questions a length (default 400)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
+    made_by = environment(dtype="float32")
     model, tokenizer = model_and_tokenizer()
     basis = calibrated(model, tokenizer, arguments.calibration_text, length=CALIBRATION_LENGTH)
     prose = detokenize_wikitext(arguments.text.read_text(encoding="utf-8"))
@@ -48,11 +50,12 @@ def main() -> None:
         def measure(index: int, questions: list[Question] = questions) -> dict[str, bool]:
             return answer(model, questions[index], variants)
 
-        key = f"retrieval {length} {basis.record['windows']} {basis.candidate} {[v.config for v in variants]}"
+        asked = hashlib.sha256(b"".join(question.prompt.numpy().tobytes() for question in questions[:10])).hexdigest()
+        key = f"{asked} {basis.record['windows']} {basis.candidate} {[variant.config for variant in variants]}"
         partial = arguments.output.with_name(f"{arguments.output.stem}-{length}.partial")
         items = run_items(partial, key, len(questions), measure)
         results += retrieval_results(variants, items, length)
-    save_results(arguments.output, results, environment(dtype="float32"))
+    save_results(arguments.output, results, made_by)
     for length in LENGTHS:
         arguments.output.with_name(f"{arguments.output.stem}-{length}.partial").unlink()
 

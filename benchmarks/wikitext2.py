@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="windows of 2048 tokens (default 40, at least 20)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
+    made_by = environment(dtype="float32")
     model, tokenizer = model_and_tokenizer()
     basis = calibrated(model, tokenizer, arguments.calibration_text, length=LENGTH)
     text = detokenize_wikitext(arguments.text.read_text(encoding="utf-8"))
@@ -39,7 +40,7 @@ def main() -> None:
     key = f"wikitext {basis.record['windows']} {basis.candidate} {[variant.config for variant in variants]}"
     items = run_items(arguments.output.with_suffix(".partial"), key, len(windows), measure)
     losses = {variant.name: [Loss(*item[variant.name]) for item in items] for variant in variants}
-    save_results(arguments.output, loss_results(variants, losses), environment(dtype="float32"))
+    save_results(arguments.output, loss_results(variants, losses), made_by)
     arguments.output.with_suffix(".partial").unlink()
 
 

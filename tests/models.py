@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from loki_attention import Budget, KeyBasis, Planes
+from loki_attention.calibration.checkpoint import Checkpoint
+from loki_attention.calibration.collect import collect
 from loki_attention.core.candidates import build
-from loki_attention.core.moments import LayerMoments
 from loki_attention.core.spec import ModelSpec
-from loki_attention.integrations.huggingface.observe import Observation, observe
 
 CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 VOCABULARY = 211
@@ -56,18 +56,7 @@ def tiny_basis(
 ) -> KeyBasis:
     """The basis of a tiny model from a few random windows."""
     model = tiny_model(family, layout, seed=seed)
-    moments: dict[int, LayerMoments] = {}
-
-    def add(seen: Observation) -> None:
-        kv_heads, dim = seen.keys.shape[1], seen.keys.shape[3]
-        layer = moments.setdefault(seen.layer, LayerMoments.empty(kv_heads, dim))
-        layer.pre_keys.add(seen.pre_keys[0])
-        layer.post_keys.add(seen.keys[0])
-        layer.queries.add(seen.query[0].reshape(kv_heads, -1, dim))
-
-    with torch.inference_mode(), observe(model, add):
-        for window in random_ids(6, 256, seed=seed + 1).split(1):
-            model(window, use_cache=False)
+    moments = collect(model, random_ids(6, 256, seed=seed + 1).split(1), Checkpoint(None, ""))
     layers = {i: build(candidate, m) for i, m in moments.items()}
     return KeyBasis(
         spec=ModelSpec.of(model),

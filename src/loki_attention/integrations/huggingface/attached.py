@@ -1,5 +1,6 @@
 """The handle of an attached model: hooks in, row rules, traces, report, hooks out."""
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -211,23 +212,21 @@ class Attached:
         self._warn_if_too_long(key.shape[2])
         tensors = Tensors(query, key, value, attention_mask, float(kwargs["scaling"]), store)
         method = self._method(layer, query)
-        reason = self._plans[layer].reason
-        found = find_sparse_rows(tensors, method, self._rule, self._settings.dense_below) if method else reason
-        whole = isinstance(found, SparseRows) and found.start == 0 and bool(found.active.all())
-        weights: Tensor | None = None
-        if not whole:
-            assert self._redirection is not None
-            dense = original_attention(module, self._redirection.original)
-            output, weights = dense(module, query, key, value, attention_mask, **kwargs)
-        if isinstance(found, str) or method is None:
-            self._tallies[layer].dense_steps[found if isinstance(found, str) else reason] += 1
-            return output, weights
+        found: SparseRows | str = self._plans[layer].reason
+        if method is not None:
+            found = find_sparse_rows(tensors, method, self._rule, self._settings.dense_below)
+        assert self._redirection is not None
+        dense = original_attention(module, self._redirection.original)
+        if method is None or isinstance(found, str):
+            self._tallies[layer].dense_steps[str(found)] += 1
+            return dense(module, query, key, value, attention_mask, **kwargs)
         sparse, indices = attend_sparse_rows(tensors, method, found)
         self._count(layer, method, tensors, found)
         self._note(layer, found, indices, query.shape[2])
         sparse = sparse.transpose(1, 2)
-        if whole:
+        if found.start == 0 and bool(found.active.all()):
             return sparse, None
+        output, _ = dense(module, query, key, value, attention_mask, **kwargs)
         chosen = torch.where(found.active[..., None, None], sparse, output[:, found.start :])
         return torch.cat([output[:, : found.start], chosen], dim=1), None
 
@@ -263,11 +262,12 @@ class Attached:
         if original is None:
             return
 
-        def prepare(config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int, *rest: Any) -> Any:
-            result = original(config, model_kwargs, mode, batch, length, *rest)
-            cache = model_kwargs.get("past_key_values")
+        def prepare(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            known = inspect.signature(original).bind(*args, **kwargs).arguments
+            cache = known.get("model_kwargs", {}).get("past_key_values")
             if isinstance(cache, Cache):
-                own_layers(cache, text_config(self._model).num_hidden_layers, capacity=length)
+                own_layers(cache, text_config(self._model).num_hidden_layers, known.get("max_cache_length", 0))
             return result
 
         self._model.__dict__["_prepare_cache_for_generation"] = prepare
