@@ -179,6 +179,14 @@ def test_an_error_inside_a_forward_does_not_leak_the_cache() -> None:
             model(random_ids(1, 10))
 
 
+def test_a_layer_that_bypasses_the_method_is_found_out() -> None:
+    model = copy.deepcopy(tiny_model())
+    model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
+    with attach(model, method="dense"), torch.inference_mode():
+        with pytest.raises(LokiError, match=r"attention of layers \[1\] did not go through"):
+            model(random_ids(1, 10))
+
+
 def test_capacity_comes_from_generate_and_else_grows_by_a_quarter() -> None:
     model, ids = tiny_model(), random_ids(1, 100)
     cache = DynamicCache()

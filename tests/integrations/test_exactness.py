@@ -39,12 +39,12 @@ def attached(model: PreTrainedModel, name: str, family: str = "llama", layout: s
 
 
 @torch.inference_mode()
-def stepwise_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits of the rows from PROMPT on: dense prefill, then one token at a time on the same cache."""
+def stepwise_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, prompt: int = PROMPT) -> Tensor:
+    """Logits of the rows from ``prompt`` on: dense prefill, then one token at a time on the same cache."""
     cache, mask = DynamicCache(), torch.ones_like(ids) if mask is None else mask
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     rows = []
-    for start, stop in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, ids.shape[1]))]:
+    for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, ids.shape[1]))]:
         step = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
         rows.append(model(ids[:, start:stop], past_key_values=cache, **step).logits)
     return torch.cat(rows[1:], dim=1)
@@ -68,6 +68,17 @@ def test_continuation_equals_prefill_and_steps(name: str, family: str, layout: s
     torch.testing.assert_close(whole, steps, rtol=0, atol=1e-9)
     torch.testing.assert_close(cached, steps, rtol=0, atol=1e-9)
     assert (whole - dense).abs().max() > 1e-3, "nothing was sparse"
+
+
+@pytest.mark.parametrize("name", ["loki-linear", "loki-mean", "exact-topk-linear"])
+def test_continuation_equals_steps_where_only_a_sample_is_scored_first(name: str) -> None:
+    """From 1024 tokens on, L and the tail's mass come from a part of the tiles that changes with every token."""
+    model, ids, prompt = tiny_model(), random_ids(1, 1560), 1530
+    with torch.inference_mode(), attached(model, name) as handle:
+        steps = stepwise_logits(model, ids, prompt=prompt)
+        with handle.continuation(prompt):
+            whole = model(ids).logits[:, prompt:]
+    torch.testing.assert_close(whole, steps, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["loki-linear", "exact-topk-linear", "streaming", "paper-loki"])

@@ -1,6 +1,7 @@
 """The handle of an attached model: hooks in, row rules, traces, report, hooks out."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,7 +96,7 @@ class Attached:
     def detach(self) -> None:
         """Give the model back as it was; caches go on as plain ones. Detaching twice does nothing.
 
-        Warns where decode steps ran and every one of them was dense.
+        Warns where forwards ran and every one of them was dense (unless an error is on its way).
         """
         if self._redirection is None:
             return
@@ -104,7 +105,8 @@ class Attached:
         for hook in self._hooks:
             hook.remove()
         self._model.__dict__.pop("_prepare_cache_for_generation", None)
-        self._warn_if_idle()
+        if sys.exc_info()[0] is None:
+            self._warn_if_idle()
 
     @contextmanager
     def continuation(self, prompt_tokens: int | Tensor) -> Iterator[None]:
