@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from loki_attention.errors import ArgumentError
+from loki_attention.files import written_whole
 
 SCHEMA_VERSION = 1
 
@@ -110,21 +111,14 @@ def environment(command: str | None = None, *, dtype: str | None = None) -> Envi
 
 def save_results(path: str | os.PathLike[str], results: Sequence[Result], environment: Environment) -> None:
     """Write results and environment as JSON: whole or not at all. Makes the folder; replaces an older file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "schema": SCHEMA_VERSION,
         "environment": asdict(environment),
         "results": [asdict(result) for result in results],
     }
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(
-            json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    with written_whole(Path(path)) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def load_results(path: str | os.PathLike[str]) -> SavedResults:

@@ -4,7 +4,6 @@ Draws on figures of its own with the Agg canvas: no window, no pyplot, nothing o
 things look; the numbers come from ``analysis.rank``, ``analysis.held_out`` and ``evaluation.answers``.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from loki_attention.analysis.rank import RankTable, Spectrum, rank_table, spectr
 from loki_attention.core.basis import KeyBasis
 from loki_attention.errors import ArgumentError, LokiError
 from loki_attention.evaluation.answers import Score
+from loki_attention.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -248,12 +248,6 @@ def _layer_axis(axes: "Axes", layers: Sequence[int]) -> None:
 
 
 def _write(figure: "Figure", path: Path) -> Path:
-    """Save under a temporary name, then rename: a killed run leaves no half picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(path) as draft:
         figure.savefig(draft, format="png", dpi=_DOTS_PER_INCH)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path

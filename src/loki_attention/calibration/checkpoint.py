@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from loki_attention.core.artifact import moments_from, save_moments
 from loki_attention.core.moments import LayerMoments
 from loki_attention.errors import ArgumentError
+from loki_attention.files import written_whole
 
 
 class Checkpoint:
@@ -42,10 +42,9 @@ class Checkpoint:
         """Keep the moments of the first ``windows_done`` windows."""
         if self._folder is None:
             return
-        old, draft = self._latest(), self._folder / "draft"
-        save_moments(draft, moments)
-        file = self._folder / f"moments-{windows_done}.safetensors"
-        os.replace(draft, file)
+        old, file = self._latest(), self._folder / f"moments-{windows_done}.safetensors"
+        with written_whole(file) as draft:
+            save_moments(draft, moments)
         if old is not None and old != file:
             old.unlink()
 
@@ -74,6 +73,5 @@ def _windows_of(file: Path) -> int:
 
 
 def _write(file: Path, text: str) -> None:
-    draft = file.with_suffix(".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    with written_whole(file) as draft:
+        draft.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loki_attention.cli.output import AsJson, describe, examples, messages, print_json, results
+from loki_attention.files import written_whole
 
 if TYPE_CHECKING:
     from loki_attention.core.basis import KeyBasis
@@ -47,6 +48,8 @@ class _Demo(NamedTuple):
 
 def demo_command(output: Output = Path("demo-output"), as_json: AsJson = False) -> None:
     """Calibrate the bundled model and ask it for hidden facts, dense and sparse side by side. No download; a minute."""
+    from loki_attention.analysis.rank import rank_table
+    from loki_attention.analysis.report import rank_report
     from loki_attention.data import reference_model_path
     from loki_attention.integrations.huggingface.loading import load_model, load_tokenizer
 
@@ -55,11 +58,14 @@ def demo_command(output: Output = Path("demo-output"), as_json: AsJson = False) 
     model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
     basis = _calibrate(model, tokenizer)
     path = basis.save(output / "basis")
+    if not as_json:
+        results().print(rank_report(rank_table(basis)))
     messages().rule(f"2  Ask for facts hidden in a novel of {_CONTEXT_TOKENS:,} tokens")
     asked = _ask(model, tokenizer, basis)
     demo = _Demo(basis, path, asked, _scores(asked))
     document = _document(demo)
-    (output / "answers.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    with written_whole(output / "answers.json") as draft:
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     pictures = _draw(demo, output / "plots")
     if as_json:
         print_json(document | {"figures": [str(picture) for picture in pictures]})
@@ -159,7 +165,7 @@ def _print(demo: _Demo, pictures: list[Path]) -> None:
 
     out = results()
     ranks = rank_table(demo.basis)
-    tables = [report.rank_report(ranks), _answers_table(demo), _scores_table(demo)]
+    tables = [_answers_table(demo), _scores_table(demo)]
     if not pictures:
         tables += [report.rank_drawing(ranks), report.spectra_drawing(spectra(demo.basis))]
     for table in tables:
