@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loki_attention import Budget, KeyBasis, Planes
 from loki_attention.calibration.checkpoint import Checkpoint
@@ -11,7 +11,17 @@ from loki_attention.calibration.collect import collect
 from loki_attention.core.candidates import build
 from loki_attention.core.spec import ModelSpec
 
-CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+FAMILY_SETTINGS: dict[str, dict[str, object]] = {
+    "cohere": {"logit_scale": 1.0, "tie_word_embeddings": False},
+    "granite": {},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
 VOCABULARY = 211
 BUDGET = Budget(tokens=24, sinks=2, recent=4)
 LAYOUTS = {"gqa": (4, 2), "mqa": (4, 1), "mha": (2, 2)}
@@ -23,7 +33,8 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A random model of a few layers, its weights scaled so that greedy decoding does not repeat one token."""
     heads, kv_heads = LAYOUTS[layout]
-    config = CONFIGS[family](
+    config = AutoConfig.for_model(
+        family,
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
@@ -35,6 +46,7 @@ def tiny_model(
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=None,
+        **FAMILY_SETTINGS[family],
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()

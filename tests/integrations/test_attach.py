@@ -386,7 +386,7 @@ def test_other_models_are_refused_by_name() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     small = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=VOCABULARY, n_positions=64)
-    with pytest.raises(LokiError, match="type 'gpt2' are not supported; supported types: llama, qwen3"):
+    with pytest.raises(LokiError, match="type 'gpt2' are not supported; supported types: cohere, granite, llama"):
         attach(GPT2LMHeadModel(small), method="streaming", budget=BUDGET)
     with pytest.raises(LokiError, match="expected a transformers model, got Linear"):
         attach(torch.nn.Linear(2, 2), method="streaming", budget=BUDGET)

@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 from loki_attention import Attached, Budget, attach
 from loki_attention.core.tail import TailSums, covered_tokens
 from loki_attention.integrations.huggingface.families import attention_modules
-from loki_attention.integrations.huggingface.interception import Redirection
 from loki_attention.integrations.huggingface.observe import observe
+from masked_model import masked_by
 from models import BUDGET, LAYOUTS, random_ids, tiny_basis, tiny_model
 
 PROMPT, LENGTH = 150, 190
@@ -99,29 +99,6 @@ def test_left_padded_batch_equals_single_sequences(name: str) -> None:
     torch.testing.assert_close(together, padded_steps, rtol=0, atol=1e-9)
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-9)
     torch.testing.assert_close(together[1:], other, rtol=0, atol=1e-9)
-
-
-def masked_by(model: PreTrainedModel, chosen: dict[int, Tensor]) -> Redirection:
-    """The model under a 4-D mask per layer: sparse rows see just the traced slots, dense rows are causal."""
-
-    def attention(module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
-        batch, heads, rows, _ = query.shape
-        slots = key.shape[2]
-        visible = torch.ones(rows, slots, dtype=torch.bool).tril(slots - rows).expand(batch, heads, -1, -1)
-        if module.layer_idx in chosen:
-            indices = chosen[module.layer_idx]
-            marks = torch.zeros(*indices.shape[:3], slots + 1, dtype=torch.bool)
-            marks.scatter_(-1, indices.where(indices >= 0, slots), True)
-            sets = marks[..., :slots].repeat_interleave(heads // indices.shape[1], dim=1)
-            visible = torch.where(sets.any(-1, keepdim=True), sets, visible)
-        group = heads // key.shape[1]
-        repeated = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, *repeated, attn_mask=visible, scale=kwargs["scaling"]
-        )
-        return output.transpose(1, 2), None
-
-    return Redirection(model, attention_modules(model), attention)
 
 
 @pytest.mark.parametrize("name", ["loki-none", "exact-topk", "exact-topk-query-head", "streaming", "paper-loki"])

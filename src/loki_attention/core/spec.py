@@ -74,13 +74,12 @@ class ModelSpec:
     def of(cls, model: Any) -> "ModelSpec":
         """The spec of a model with a transformers-style ``config`` and ``named_parameters()``."""
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         heads = config.num_attention_heads
         return cls(
             model_id=str(getattr(config, "name_or_path", "") or config.model_type).rstrip("/").split("/")[-1],
             architecture=type(model).__name__,
             depth=config.num_hidden_layers,
-            layers=tuple(i for i, name in enumerate(types) if name == "full_attention"),
+            layers=full_attention_layers(config),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -127,6 +126,15 @@ class ModelSpec:
         """The spec that :meth:`to_dict` wrote."""
         fingerprint = Fingerprint(tuple(fields["fingerprint"]["values"]), fields["fingerprint"]["epsilon"])
         return cls(**{**fields, "layers": tuple(fields["layers"]), "fingerprint": fingerprint})
+
+
+def full_attention_layers(config: Any) -> tuple[int, ...]:
+    """Indices of the layers whose attention sees the whole context: named so, or all of them without a sliding window."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        types = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    return tuple(i for i, name in enumerate(types) if name == "full_attention")
 
 
 def _plain(value: Any) -> Any:

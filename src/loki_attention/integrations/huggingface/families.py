@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from loki_attention.core.spec import full_attention_layers
 from loki_attention.errors import ModelError
 
 
@@ -18,8 +19,15 @@ class Family:
 
 
 FAMILIES = {
+    "cohere": Family(attention_class="CohereAttention"),
+    "granite": Family(attention_class="GraniteAttention"),
     "llama": Family(attention_class="LlamaAttention"),
+    "mistral": Family(attention_class="MistralAttention"),
+    "olmo2": Family(attention_class="Olmo2Attention"),
+    "phi3": Family(attention_class="Phi3Attention"),
+    "qwen2": Family(attention_class="Qwen2Attention"),
     "qwen3": Family(attention_class="Qwen3Attention"),
+    "smollm3": Family(attention_class="SmolLM3Attention"),
 }
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations whose masks and dense results this package builds on."""
@@ -45,11 +53,13 @@ def text_config(model: PreTrainedModel) -> Any:
 def attention_modules(model: Any) -> dict[int, Any]:
     """The attention module of every full-attention layer, by layer index; others are not ours."""
     family, config = family_of(model), text_config(model)
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     modules = {m.layer_idx: m for m in model.modules() if type(m).__name__ == family.attention_class}
-    ours = {i: modules[i] for i, kind in enumerate(types) if kind == "full_attention" and i in modules}
+    ours = {i: modules[i] for i in full_attention_layers(config) if i in modules}
     if not ours:
-        raise ModelError("this model has no full-attention layer; there is nothing to make sparse")
+        raise ModelError(
+            f"this {config.model_type} model has no full-attention layer (all slide over a window); there is nothing to "
+            "make sparse"
+        )
     return ours
 
 
