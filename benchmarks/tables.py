@@ -1,0 +1,150 @@
+"""Write docs/results.md, and the short table in README.md, from the result files. No figure is typed by hand.
+
+python benchmarks/tables.py
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loki_attention.files import written_whole
+from loki_attention.results import Environment, Result, load_results
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- made by benchmarks/tables.py -->\n", "<!-- end -->\n"
+SHORT = ("exact-topk, query-head", "exact-topk, kv-head", "loki", "loki, tail none", "paper-loki", "streaming")
+INTRODUCTION = """# Results of the bundled model
+
+Made by the commands below and written here by `benchmarks/tables.py` from `benchmarks/results/*.json`. The bundled model
+is small (3.5M parameters, 4 layers, G = 2): these tables show that the method is implemented as described and what each
+part of it is worth, not what a large model loses. Attention is sparse in the continuation only (rule `continuation`), layer
+0 stays dense but for the paper's methods, `Budget(fraction, minimum=48, sinks=4, recent=16)`. Bytes count K/V as the
+float32 that this model ran in.
+"""
+
+
+def main() -> None:
+    """Read the result files and write both documents."""
+    perplexity, retrieval = (load_results(RESULTS / f"{name}.json") for name in ("wikitext2", "retrieval"))
+    losses = by_variant(perplexity.results)
+    parts = [
+        INTRODUCTION,
+        "## WikiText-2 test: loss against dense attention\n",
+        f"{windows(perplexity.results)} windows of 2048 tokens, the second half scored; "
+        f"dense perplexity {losses[next(iter(losses))]['kl_from_dense'].config['dense_perplexity']:.2f}. "
+        "Intervals: 95 %, bootstrap over windows.\n",
+        *(loss_table(losses, fraction) for fraction in ("1/8", "1/16", "1/32")),
+        made_by(perplexity.environment),
+        "## Retrieval: facts hidden in held-out prose\n",
+        f"{retrieval.results[0].n} questions a length, the three kinds of needle in turn, the same for every method; exact "
+        "match of the whole answer. In brackets: questions lost to / won over dense attention. Intervals: 95 %, Wilson.\n",
+        *(retrieval_table(retrieval.results, length) for length in (1024, 2048, 4096)),
+        made_by(retrieval.environment),
+    ]
+    write(ROOT / "docs" / "results.md", "\n".join(parts))
+    short = "\n".join([short_table(losses), made_by(perplexity.environment)])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = readme.split(BEGIN)
+    write(ROOT / "README.md", f"{before}{BEGIN}{short}{END}{rest.split(END)[1]}")
+
+
+def by_variant(results: Iterable[Result]) -> dict[str, dict[str, Result]]:
+    """Variant name to metric to result."""
+    found: dict[str, dict[str, Result]] = {}
+    for result in results:
+        found.setdefault(str(result.config["variant"]), {})[result.metric] = result
+    return found
+
+
+def windows(results: Sequence[Result]) -> int:
+    """How many windows the losses were measured on."""
+    return results[0].n
+
+
+def loss_table(losses: Mapping[str, Mapping[str, Result]], fraction: str) -> str:
+    """Every variant at one budget."""
+    lines = [
+        f"### K = {fraction} of the tokens\n",
+        "| method | bytes read | KL from dense, x 1000 | same next token | perplexity over dense |",
+        "|---|---|---|---|---|",
+    ]
+    for name, metrics in losses.items():
+        variant, at = name.split(" @ ")
+        if at == fraction:
+            lines.append(loss_row(variant, metrics))
+    return "\n".join(lines) + "\n"
+
+
+def loss_row(variant: str, metrics: Mapping[str, Result]) -> str:
+    """One line of a loss table."""
+    kl, same, over = (metrics[m] for m in ("kl_from_dense", "next_token_agreement", "perplexity_over_dense"))
+    name = f"**{variant}**" if variant == "loki" else variant
+    return (
+        f"| {name} | {kl.config['read_fraction']:.1%} | {1000 * kl.value:.2f} {interval(kl, 1000, '.2f')} | "
+        f"{same.value:.1%} | {over.value:+.2%} {interval(over, 100, '+.2f')} |"
+    )
+
+
+def short_table(losses: Mapping[str, Mapping[str, Result]]) -> str:
+    """KL and perplexity of the main methods over the three budgets."""
+    fractions = ("1/8", "1/16", "1/32")
+    lines = ["| KL from dense x 1000 · perplexity over dense | " + " | ".join(fractions) + " |", "|---|---|---|---|"]
+    for variant in SHORT:
+        cells = []
+        for fraction in fractions:
+            metrics = losses[f"{variant} @ {fraction}"]
+            cells.append(f"{1000 * metrics['kl_from_dense'].value:.2f} · {metrics['perplexity_over_dense'].value:+.2%}")
+        name = f"**{variant}**" if variant == "loki" else variant
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def retrieval_table(results: Sequence[Result], length: int) -> str:
+    """Accuracy of every method at one context length, a column a budget."""
+    rows = {str(r.config["variant"]): r for r in results if r.config["length"] == length}
+    dense = rows.pop("dense")
+    names = dict.fromkeys(name.split(" @ ")[0] for name in rows)
+    fractions = ("1/8", "1/16", "1/64")
+    lines = [
+        f"### {length} tokens: dense {dense.value:.1%} {interval(dense, 100, '.1f')}\n",
+        "| method | " + " | ".join(fractions) + " |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        cells = (retrieval_cell(rows[f"{name} @ {fraction}"]) for fraction in fractions)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def retrieval_cell(result: Result) -> str:
+    """Accuracy, interval, questions lost and won."""
+    lost, won = result.config["lost_to_dense"], result.config["won_over_dense"]
+    return f"{result.value:.1%} {interval(result, 100, '.1f')} ({lost} / {won})"
+
+
+def interval(result: Result, scale: int, form: str) -> str:
+    """The interval in brackets."""
+    if result.interval is None:
+        return ""
+    low, high = result.interval
+    return f"[{scale * low:{form}}, {scale * high:{form}}]"
+
+
+def made_by(environment: Environment) -> str:
+    """Command, hardware, versions and commit in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return (
+        f"`{environment.command}` · {environment.hardware} · {environment.dtype} · {versions} · commit "
+        f"{environment.commit} · {environment.date[:10]}\n"
+    )
+
+
+def write(path: Path, text: Any) -> None:
+    """Replace a document."""
+    with written_whole(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
