@@ -177,7 +177,7 @@ def _print(demo: _Demo, pictures: list[Path]) -> None:
     else:
         out.print("For pictures: pip install 'loki-attention[plots]', then run this again.", markup=False)
     print(f"""
-Next, a model of your own (Llama, Qwen, Mistral ...) and text like what it will read:
+Next, your own model (Llama, Qwen, Mistral ...) and text like it will read:
   loki inspect {demo.path}
   loki calibrate MODEL --text FILES -o my-basis
   loki generate MODEL --basis my-basis --prompt-file FILE --tokens 12.5%""")

@@ -32,11 +32,11 @@ def save(
     tensors: Mapping[tuple[int, str], Tensor],
     moments: Mapping[int, LayerMoments] | None,
 ) -> Path:
-    """Write the folder under a temporary name, then rename it to ``path``.
+    """Write the folder under a temporary name, then rename it to ``path``, which is returned as given.
 
     Raises ``ArtifactError`` where ``path`` holds something that is not a basis, or cannot be written to.
     """
-    path = path.resolve()
+    given, path = path, path.resolve()
     if path.exists() and not (path / _MANIFEST).is_file() and not _is_empty_folder(path):
         raise ArtifactError(f"{path} exists and is not a basis; name another folder")
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -56,7 +56,7 @@ def save(
         _replace_folder(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return path
+    return given
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[tuple[int, str], Tensor], dict[int, LayerMoments] | None]:
