@@ -94,6 +94,8 @@ def _read_prompt(name: str) -> str:
         return sys.stdin.read()
     try:
         return Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ArgumentError(f"there is no prompt file at {name}; give a text file, or - for standard input") from None
     except UnicodeDecodeError:
         raise ArgumentError(f"{name} is not text in UTF-8; give a text file as --prompt-file") from None
 

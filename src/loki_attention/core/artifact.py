@@ -53,6 +53,9 @@ def save(
         whole = {"format_version": FORMAT_VERSION, "files": digests, **manifest}
         whole["manifest_sha256"] = _digest_of(whole)
         (draft / _MANIFEST).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        for name in digests:
+            # safetensors writes files that only their owner can read.
+            shutil.copymode(draft / _MANIFEST, draft / name)
         _replace_folder(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -96,10 +96,10 @@ class Budget:
         return replace(self, tokens=None, fraction=fraction)
 
     def __str__(self) -> str:
-        if self.tokens is not None:
+        if self.fraction is None:
             return f"{self.tokens} tokens ({self.sinks} sinks, {self.recent} recent)"
         least = f"at least {self.minimum}, {self.sinks} sinks, {self.recent} recent"
-        return f"{100 * self.sixteen_bit_fraction / _UNIT:g} % of the tokens ({least})"
+        return f"{100 * self.fraction:g} % of the tokens ({least})"
 
 
 def _check_count(name: str, value: object, least: int) -> None:

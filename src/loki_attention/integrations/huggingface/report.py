@@ -131,8 +131,7 @@ class Report:
             read = f"{layer.bytes_read / layer.bytes_dense:.1%}" if layer.bytes_dense else "-"
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(layer.dense_steps.items()))
             mode = "sparse" if layer.sparse else "dense"
-            note = reasons if layer.sparse or not layer.reason else f"{reasons} ({layer.reason})"
-            lines.append(f"{layer.layer:>5}  {mode:<6}  {layer.sparse_steps:>12}  {tokens:>12}  {read:>10}  {note}")
+            lines.append(f"{layer.layer:>5}  {mode:<6}  {layer.sparse_steps:>12}  {tokens:>12}  {read:>10}  {reasons}")
         memory = self.memory
         lines.append(
             f"memory: K/V {_mib(memory.cache)}, twins {_mib(memory.twins)}, tail {_mib(memory.sums)}, peak "
