@@ -74,8 +74,8 @@ def test_the_environment_names_machine_and_versions(monkeypatch):
 @pytest.mark.parametrize(
     ("word", "kept"),
     [
-        ("/tmp/x/basis", "basis"),
-        ("--out=/tmp/x,/tmp/y", "--out=x,y"),
+        ("/data/x/basis", "basis"),
+        ("--out=/data/x,/data/y", "--out=x,y"),
         ("~/model", "model"),
         (r"C:\data\model", "model"),
         ("data/text.txt", "data/text.txt"),
