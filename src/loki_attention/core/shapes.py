@@ -15,7 +15,7 @@ r      dims of the low-rank keys (R)
 ====== ==========================================================================
 """
 
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 Queries = Float[Tensor, "b h t d"]
@@ -25,5 +25,4 @@ PackedKeys = UInt8[Tensor, "b kv s bytes"]
 Levels = Float[Tensor, "b kv s r"]
 Indices = Int[Tensor, "b sets t k"]
 """Cache slots, ascending, -1 padded; ``sets`` is Hkv, or H where every query head selects for itself."""
-RowMask = Bool[Tensor, "b t s"]
 PerHeadRow = Float[Tensor, "b h t"]
