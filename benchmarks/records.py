@@ -1,5 +1,6 @@
 """What the scripts of record share: the bundled model, its calibration, and losses as result rows."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ from loki_attention.results import Result, bootstrap_interval, wilson_interval
 
 RULE = "continuation"
 BUDGET = Budget(fraction=1 / 8, minimum=48, sinks=4, recent=16)
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """The options that both scripts of record take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="held-out prose: WikiText-2 test, raw form")
+    parser.add_argument("--calibration-text", type=Path, required=True, help="WikiText-2 train, raw form")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    return parser
 
 
 def model_and_tokenizer() -> tuple[Any, Any]:

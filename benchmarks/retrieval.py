@@ -6,9 +6,7 @@ rows that predict the answer are sparse (rule ``continuation``). Resumable: run 
     python benchmarks/retrieval.py --text wiki.test.raw --calibration-text wiki.train.raw -o benchmarks/results/retrieval.json
 """
 
-import argparse
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from loki_attention.benchmarking.resumable import run_items
@@ -16,7 +14,7 @@ from loki_attention.evaluation.needles import KINDS, Question, needle_questions
 from loki_attention.evaluation.retrieval import answer
 from loki_attention.evaluation.text import detokenize_wikitext
 from loki_attention.results import Result, environment, save_results
-from records import calibrated, model_and_tokenizer, retrieval_results
+from records import calibrated, command_line, model_and_tokenizer, retrieval_results
 from variants import retrieval_variants
 
 LENGTHS = (1024, 2048, 4096)
@@ -32,11 +30,8 @@ def questions_of(tokenizer: Any, prose: str, length: int, count: int) -> list[Qu
 
 def main() -> None:
     """Measure and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="held-out prose: WikiText-2 test, raw form")
-    parser.add_argument("--calibration-text", type=Path, required=True, help="WikiText-2 train, raw form")
+    parser = command_line(__doc__)
     parser.add_argument("--questions", type=int, default=400, help="questions a length (default 400)")
-    parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     made_by = environment(dtype="float32")
     model, tokenizer = model_and_tokenizer()

@@ -6,14 +6,11 @@ Windows of 2048 tokens; the first half is a dense prompt, every row of the secon
     python benchmarks/wikitext2.py --text wiki.test.raw --calibration-text wiki.train.raw -o benchmarks/results/wikitext2.json
 """
 
-import argparse
-from pathlib import Path
-
 from loki_attention.benchmarking.resumable import run_items
 from loki_attention.evaluation.continuation import Loss, compare_window
 from loki_attention.evaluation.text import detokenize_wikitext, text_windows
 from loki_attention.results import environment, save_results
-from records import calibrated, loss_results, model_and_tokenizer
+from records import calibrated, command_line, loss_results, model_and_tokenizer
 from variants import perplexity_variants
 
 LENGTH = 2048
@@ -21,11 +18,8 @@ LENGTH = 2048
 
 def main() -> None:
     """Measure and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="WikiText-2 test, raw form")
-    parser.add_argument("--calibration-text", type=Path, required=True, help="WikiText-2 train, raw form")
+    parser = command_line(__doc__)
     parser.add_argument("--windows", type=int, default=40, help="windows of 2048 tokens (default 40, at least 20)")
-    parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     made_by = environment(dtype="float32")
     model, tokenizer = model_and_tokenizer()

@@ -162,6 +162,8 @@ class LayerCache:
         """Add, or where the target is lower subtract, the tokens between what is covered and ``target``."""
         assert self.tail is not None and self._keys is not None and self._values is not None
         rank, covered = self.tail.rank, self.tail.covered
+        if torch.equal(covered, target):
+            return
         held, wanted = ((rank >= 0) & (rank < bound[:, None]) for bound in (covered, target))
         change = wanted.int() - held.int()
         touched = change.ne(0).any(0).nonzero()

@@ -1,7 +1,7 @@
 """Pictures of a basis and of the demo's answers, as PNG files. The only importer of matplotlib.
 
 Draws on figures of its own with the Agg canvas: no window, no pyplot, nothing of matplotlib's global state. Knows how
-things look; the numbers come from ``analysis.rank``, ``analysis.held_out`` and ``evaluation.answers``.
+things look; the numbers come from ``analysis.rank``, ``evaluation.held_out`` and ``evaluation.answers``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from loki_attention.analysis.held_out import EXACT, BudgetLoss, expected_losses, mean_mass
 from loki_attention.analysis.rank import RankTable, Spectrum, rank_table, spectra
 from loki_attention.core.basis import KeyBasis
 from loki_attention.errors import ArgumentError, LokiError
 from loki_attention.evaluation.answers import Score
+from loki_attention.evaluation.held_out import EXACT, BudgetLoss, expected_losses, mean_mass
 from loki_attention.files import written_whole
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from loki_attention.analysis.held_out import EXACT, compared, kept_mass
 from loki_attention.analysis.rank import RankTable, Spectrum
 from loki_attention.core.basis import KeyBasis
+from loki_attention.evaluation.held_out import EXACT, compared, kept_mass
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _LEVELS = "▁▂▃▄▅▆▇█"

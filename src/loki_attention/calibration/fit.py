@@ -16,19 +16,20 @@ from torch import Tensor
 
 from loki_attention.calibration.checkpoint import Checkpoint
 from loki_attention.calibration.progress import stage
-from loki_attention.core.basis import KeyBasis
+from loki_attention.core.basis import PER_HEAD, KeyBasis
 from loki_attention.core.budget import Budget
 from loki_attention.core.candidates import CANDIDATES, LayerBasis, build
+from loki_attention.core.encoder import encoder
 from loki_attention.core.moments import LayerMoments
 from loki_attention.core.planes import Planes
 from loki_attention.core.spec import ModelSpec
 from loki_attention.core.tail import TAILS
 from loki_attention.errors import LokiWarning
 from loki_attention.evaluation.continuation import Loss, compare_window
-from loki_attention.evaluation.fidelity import EXACT, kept_mass
+from loki_attention.evaluation.fidelity import kept_mass
+from loki_attention.evaluation.held_out import EXACT
 from loki_attention.evaluation.variant import Variant
 
-PER_HEAD = "per-head"
 LADDER = {"1/8": 1 / 8, "1/16": 1 / 16, "1/32": 1 / 32}
 """Fractions whose expected loss is measured beside the asked budget's."""
 Figures = dict[str, float]
@@ -116,7 +117,8 @@ def _measure_mass(
     fitting: Fitting, layers: Mapping[str, Mapping[int, LayerBasis]]
 ) -> dict[str, dict[str, list[float]]]:
     """Mass kept on held-out windows: layer to name to one figure a KV head (JSON types, layer keys as text)."""
-    encoders = {name: {i: fitting.basis(by, "none", ()).encoder(i) for i in by} for name, by in layers.items()}
+    planes, group_size = fitting.planes, fitting.spec.group_size
+    encoders = {name: {i: encoder(one, planes, group_size) for i, one in by.items()} for name, by in layers.items()}
     tokens = sum(window.shape[1] for window in fitting.held_out)
 
     def measure() -> dict[str, dict[str, list[float]]]:

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loki_attention.core.basis import KeyBasis
+from loki_attention.evaluation.held_out import EXACT, expected_losses
 
 
 def loss_table(basis: KeyBasis) -> Table:
@@ -15,30 +16,19 @@ def loss_table(basis: KeyBasis) -> Table:
     )
     for name in ("budget", "method", "bytes", "KL (nats)", "same token", "perplexity"):
         table.add_column(name, justify="left" if name in ("budget", "method") else "right", no_wrap=True)
-    for label, methods in _budgets(basis):
-        for method in ("loki", "exact-topk"):
-            figure = methods[method]
-            change = figure["perplexity"] / figure["dense_perplexity"] - 1
+    for measured in expected_losses(basis):
+        label = f"{measured.label} (asked)" if measured.asked else measured.label
+        for method, loss in (("loki", measured.loki), (EXACT, measured.exact)):
             table.add_row(
                 label,
                 method,
-                f"{figure['read_fraction']:.1%}",
-                f"{figure['kl']:.5f}",
-                f"{figure['agreement']:.1%}",
-                f"{figure['perplexity']:.2f} ({change:+.2%})",
+                f"{loss.read_fraction:.1%}",
+                f"{loss.kl:.5f}",
+                f"{loss.agreement:.1%}",
+                f"{loss.perplexity:.2f} ({loss.perplexity_change:+.2%})",
             )
         table.add_section()
     return table
-
-
-def _budgets(basis: KeyBasis) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """Label and figures of every budget, the most bytes first; an asked budget that is a rung stands there once."""
-    measured = dict(basis.record.get("figures", {}).get("budgets", {}))
-    asked = measured.pop("asked", None)
-    rows = [(f"{name} (asked)" if figures == asked else name, figures) for name, figures in measured.items()]
-    if asked is not None and asked not in measured.values():
-        rows.append(("asked", asked))
-    return sorted(rows, key=lambda row: -row[1]["loki"]["read_fraction"])
 
 
 def expected_loss(basis: KeyBasis) -> None:

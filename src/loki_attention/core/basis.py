@@ -14,6 +14,9 @@ from loki_attention.core.planes import Planes
 from loki_attention.core.spec import ModelSpec
 from loki_attention.errors import ArgumentError, unknown_name
 
+PER_HEAD = "per-head"
+"""The candidate's name where heads differ."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyBasis:
@@ -34,9 +37,9 @@ class KeyBasis:
 
     @property
     def candidate(self) -> str:
-        """The one candidate of all heads, or ``"per-head"`` where they differ."""
+        """The one candidate of all heads, or ``PER_HEAD`` where they differ."""
         names = {name for layer in self.layers.values() for name in layer.candidates}
-        return names.pop() if len(names) == 1 else "per-head"
+        return names.pop() if len(names) == 1 else PER_HEAD
 
     def encoder(self, layer: int, planes: Planes | None = None) -> Encoder:
         """The encoder of a layer (its index in the model), for these planes or others."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loki_attention.core.budget import Budget
 from loki_attention.core.encoder import Encoder
+from loki_attention.evaluation.held_out import EXACT
 from loki_attention.integrations.huggingface.observe import Observation, observe
 from loki_attention.kernels import torch_backend
 from loki_attention.kernels.ops import rows_at_once
@@ -17,7 +18,6 @@ from loki_attention.methods import LayerView, SelectionMethod, Step
 from loki_attention.methods.exact_topk import ExactTopK
 from loki_attention.methods.loki import Loki
 
-EXACT = "exact-topk"
 Mass = dict[str, Float[Tensor, " kv"]]
 
 

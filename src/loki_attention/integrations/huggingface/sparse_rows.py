@@ -1,7 +1,7 @@
 """Which rows of a forward are sparse, and their attention. The one place that knows decode from prefill."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -98,33 +98,22 @@ def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows) -> t
 
 
 def view_of(tensors: Tensors, method: Method) -> LayerView:
-    """The layer as a method sees it: twins and sums from the store, or made on the spot where there is none."""
+    """The layer as a method sees it: twins and sums from the store, or made on the spot, once, where there is none."""
     store, encoder = tensors.store, method.encoder
 
+    @cache
     def twins() -> PackedKeys:
         assert encoder is not None
-        return store.encode(encoder) if store is not None else made["twins"]
+        return encoder.encode_keys(tensors.keys) if store is None else store.encode(encoder)
+
+    @cache
+    def leading() -> Tensor:
+        return torch_backend.leading_dims(tensors.keys, encoder)
 
     def sums(rows: Rows) -> TailSums:
         if store is not None and tensors.query.shape[2] == 1:
             held = store.absorb(encoder, rows)
             return TailSums(held.tokens[:, None], *(tensor.unsqueeze(2) for tensor in held[1:]))
-        return torch_backend.sums_of_blocks(made["leading"], tensors.values, rows)
+        return torch_backend.sums_of_blocks(leading(), tensors.values, rows)
 
-    made = _Lazy(
-        twins=lambda: encoder.encode_keys(tensors.keys) if encoder is not None else tensors.keys,
-        leading=lambda: torch_backend.leading_dims(tensors.keys, encoder),
-    )
     return LayerView(tensors.keys, tensors.values, twins, sums)
-
-
-class _Lazy(dict[str, Tensor]):
-    """Tensors made when first asked for and kept for the other chunks of the forward."""
-
-    def __init__(self, **makers: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self._makers = makers
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = self._makers[name]()
-        return self[name]

@@ -2,18 +2,18 @@
 
 from typing import NamedTuple
 
-from loki_attention.core.basis import KeyBasis
+from loki_attention.core.basis import PER_HEAD, KeyBasis
 from loki_attention.core.budget import Budget
 from loki_attention.core.candidates import CANDIDATES
 from loki_attention.core.tail import TAILS
 
 EXACT = "exact-topk"
 _ASKED = "asked"
-_ORDER = (*CANDIDATES, "per-head", EXACT, *TAILS)
+_ORDER = (*CANDIDATES, PER_HEAD, EXACT, *TAILS)
 
 
-class Loss(NamedTuple):
-    """Loss against dense attention: KL in nats, agreement of the next token and bytes read as fractions."""
+class HeldOutLoss(NamedTuple):
+    """HeldOutLoss against dense attention: KL in nats, agreement of the next token and bytes read as fractions."""
 
     kl: float
     agreement: float
@@ -32,8 +32,8 @@ class BudgetLoss(NamedTuple):
 
     label: str
     asked: bool
-    loki: Loss
-    exact: Loss
+    loki: HeldOutLoss
+    exact: HeldOutLoss
 
 
 def kept_mass(basis: KeyBasis) -> dict[int, dict[str, tuple[float, ...]]]:
@@ -58,7 +58,7 @@ def mean_mass(basis: KeyBasis) -> dict[str, dict[int, float]]:
     return means
 
 
-def compared(basis: KeyBasis, what: str) -> dict[str, Loss]:
+def compared(basis: KeyBasis, what: str) -> dict[str, HeldOutLoss]:
     """End-to-end losses of what was compared, ``"candidates"`` or ``"tails"``, by name."""
     figures = basis.record.get("figures", {}).get(what, {})
     return {name: _loss(figures[name]) for name in sorted(figures, key=_ORDER.index)}
@@ -83,8 +83,8 @@ def expected_losses(basis: KeyBasis) -> tuple[BudgetLoss, ...]:
     return tuple(sorted(losses, key=lambda loss: -loss.loki.read_fraction))
 
 
-def _loss(figures: dict[str, float]) -> Loss:
-    return Loss(*(figures[field] for field in Loss._fields))
+def _loss(figures: dict[str, float]) -> HeldOutLoss:
+    return HeldOutLoss(*(figures[field] for field in HeldOutLoss._fields))
 
 
 def _fraction(rung: str) -> float:
