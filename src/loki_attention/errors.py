@@ -40,3 +40,9 @@ def unknown_name(kind: str, got: object, known: tuple[str, ...]) -> ArgumentErro
     near = difflib.get_close_matches(str(got), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return ArgumentError(f"unknown {kind} {got!r}; known: {', '.join(known)}{hint}")
+
+
+def check_tokens(name: str, value: object, *, least: int) -> None:
+    """Raise ``ArgumentError`` where ``value`` is not a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")

@@ -16,8 +16,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from loki_attention.calibration.cutting import Document, cut_documents
-from loki_attention.calibration.windows import Request, Source, Windows, check_tokens
-from loki_attention.errors import ArgumentError, CorpusError
+from loki_attention.calibration.windows import Request, Source, Windows
+from loki_attention.errors import ArgumentError, CorpusError, check_tokens
 from loki_attention.evaluation.text import Tokenizer, tokenize
 
 __all__ = ["Windows", "windows_from_files", "windows_from_ids", "windows_from_texts"]

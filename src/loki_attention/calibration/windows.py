@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jaxtyping import Int64
 from torch import Tensor
 
-from loki_attention.errors import ArgumentError, CorpusError
+from loki_attention.errors import CorpusError, check_tokens
 
 LEAST_TOKENS = 64
 """The fewest tokens worth calibrating on, and the shortest remainder of a text that counts as a window."""
@@ -102,9 +102,3 @@ class Windows:
                 digest.update(window.shape[1].to_bytes(8, "little"))
                 digest.update(window.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
-
-
-def check_tokens(name: str, value: object, *, least: int) -> None:
-    """Raises ``ArgumentError`` where ``value`` is not a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from loki_attention.errors import ArgumentError
+from loki_attention.errors import ArgumentError, check_tokens
 
 _UNIT = 65536
 
@@ -44,11 +44,11 @@ class Budget:
                 f"{self.fraction}; write Budget(tokens=512) or Budget(fraction=1/8)"
             )
         for name in ("minimum", "sinks", "recent"):
-            _check_count(name, getattr(self, name), least=0)
+            check_tokens(name, getattr(self, name), least=0)
         if self.fraction is not None:
             _check_fraction(self.fraction)
         if self.tokens is not None:
-            _check_count("tokens", self.tokens, least=1)
+            check_tokens("tokens", self.tokens, least=1)
             if self.tokens < self.sinks + self.recent:
                 raise ArgumentError(
                     f"a budget of {self.tokens} tokens cannot hold {self.sinks} sinks and {self.recent} recent "
@@ -100,11 +100,6 @@ class Budget:
             return f"{self.tokens} tokens ({self.sinks} sinks, {self.recent} recent)"
         least = f"at least {self.minimum}, {self.sinks} sinks, {self.recent} recent"
         return f"{100 * self.fraction:g} % of the tokens ({least})"
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")
 
 
 def _check_fraction(value: object) -> None:

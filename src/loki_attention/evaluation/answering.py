@@ -37,7 +37,7 @@ def _generate(tokenizer: Any, question: Question, prompt: DensePrompt, variant: 
                 do_sample=False,
             )
     finally:
-        prompt.cache.crop(prompt.length - prompt.cache.get_seq_length())
+        prompt.rewind()
     new = output[0, ids.shape[1] :].cpu()
     sparse = [layer for layer in attached.report().layers if layer.sparse_rows]
     rows = max(1, sum(layer.sparse_rows for layer in sparse))

@@ -95,7 +95,11 @@ class DensePrompt:
             layers = attached.report().layers
             return logits, sum(x.bytes_read for x in layers), sum(x.bytes_dense for x in layers)
         finally:
-            self.cache.crop(self.length - self.cache.get_seq_length())
+            self.rewind()
+
+    def rewind(self) -> None:
+        """Forget everything behind the prompt."""
+        self.cache.crop(self.length - self.cache.get_seq_length())
 
 
 def compare_window(model: Any, window: Int[Tensor, "1 s"], variants: Sequence[Variant]) -> dict[str, Loss]:

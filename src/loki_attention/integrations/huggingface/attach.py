@@ -12,7 +12,7 @@ from loki_attention.core.budget import Budget
 from loki_attention.core.planes import Plane, Planes
 from loki_attention.core.spec import ModelSpec
 from loki_attention.core.tail import check_tail
-from loki_attention.errors import ArgumentError, LokiWarning, unknown_name
+from loki_attention.errors import ArgumentError, LokiWarning, check_tokens, unknown_name
 from loki_attention.integrations.huggingface.attached import Attached, LayerPlan, Settings
 from loki_attention.integrations.huggingface.families import attention_modules
 from loki_attention.kernels.ops import choose_backend
@@ -49,8 +49,7 @@ def attach(
     modules = attention_modules(model)
     if basis is not None:
         _check_basis(model, basis)
-    if isinstance(dense_below, bool) or not isinstance(dense_below, int) or dense_below < 0:
-        raise ArgumentError(f"dense_below must be a whole number of tokens, at least 0; got {dense_below!r}")
+    check_tokens("dense_below", dense_below, least=0)
     choices = _checked_layers(dict(layers or {}), modules)
     if kind is None:
         plans = dict.fromkeys(modules, LayerPlan(None, "method dense"))
