@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import Layer, Shape, random_encoder, random_layer
+from helpers import Layer, Shape, noise, random_encoder, random_layer
 from loki_attention.core import tail
+from loki_attention.core.attention import Softmax
 from loki_attention.core.budget import Budget
 from loki_attention.core.encoder import EncodedQuery, Encoder
 from loki_attention.core.tail import TailSums
@@ -28,10 +29,19 @@ class Case(NamedTuple):
     budget: Budget = SMALL
     per: str = "kv-head"
     holes: bool = False
+    softcap: float | None = None
+    sink_logits: bool = False
 
     def __str__(self) -> str:
         kind = f"S{self.slots}-G{self.shape.group}-D{self.shape.dim}-{self.tail}-{self.per}"
-        return f"{self.planes}-{kind}{'-holes' if self.holes else ''}"
+        marks = {"holes": self.holes, "softcap": self.softcap, "sinks": self.sink_logits}
+        return "-".join([self.planes, kind, *(name for name, on in marks.items() if on)])
+
+    @property
+    def softmax(self) -> Softmax:
+        """What the case's model adds to the softmax."""
+        heads = self.shape.kv_heads * self.shape.group
+        return Softmax(self.softcap, 2 + noise(heads, seed=7) if self.sink_logits else None)
 
     @property
     def sets(self) -> int:
@@ -66,6 +76,9 @@ CASES = [
     Case("16@16", 100, Shape(2, 1, 64), "none", NOTHING_FORCED),
     Case("16@32", 1000, Shape(1, 4, 128), "mean", SMALL, "query-head"),
     Case("32@4", 33, Shape(2, 7, 64), "none", NOTHING_FORCED, holes=True),
+    Case("32@4", 1500, Shape(2, 4, 64), "linear", FRACTION, softcap=1.5),
+    Case("16@4+32@2", 1000, Shape(2, 1, 64), "mean", sink_logits=True),
+    Case("32@4", 300, Shape(1, 4, 64), "none", per="query-head", softcap=2.0, sink_logits=True),
 ]
 INTEGER_CASES = [case for case in CASES if "@16" not in case.planes and "@32" not in case.planes]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -103,12 +116,14 @@ def backend_step(case: Case, layer: Layer, ours: Encoder) -> BackendStep:
         ranking = backend.code(ranking, encoded.deviation)
     k = case.budget.of_each(rows.tokens)
     indices = backend.top_k(ranking, rows, k, forced)
-    log_mass = backend.tail_log_mass(scores, encoded.offset, indices, rows, k, rows.sampled)
+    log_mass = backend.tail_log_mass(
+        case.softmax.cap(backend.estimates(scores, encoded)), indices, rows, k, rows.sampled
+    )
     answer: tuple[Tensor, Tensor] | tuple[()] = ()
     if case.tail != "none":
         sums = backend.sums_of_blocks(backend.leading_dims(layer.keys, ours), layer.values, rows)
         empty = sums.tokens == 0
         values = tail_values(case, sums, encoded, scale)
         answer = (log_mass.masked_fill(empty, -torch.inf), values.masked_fill(empty[..., None], 0.0))
-    output = backend.attend(layer.query, layer.keys, layer.values, indices, scale, *answer)
+    output = backend.attend(layer.query, layer.keys, layer.values, indices, scale, *answer, softmax=case.softmax).output
     return BackendStep(encoded, packed, scores, mass, ranking, indices, log_mass, output)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loki_attention.core.attention import ReferenceStep, decode_step
+from loki_attention.core.attention import PLAIN, ReferenceStep, Softmax, decode_step
 from loki_attention.core.budget import Budget
 from loki_attention.core.candidates import LayerBasis, build
 from loki_attention.core.encoder import Encoder, encoder
@@ -159,7 +159,13 @@ def per_query_head(encoder: Encoder, group: int) -> Encoder:
 
 
 def reference_steps(
-    layer: Layer, encoder: Encoder, budget: Budget, scale: float, tail: str = "none", per: str = "kv-head"
+    layer: Layer,
+    encoder: Encoder,
+    budget: Budget,
+    scale: float,
+    tail: str = "none",
+    per: str = "kv-head",
+    softmax: Softmax = PLAIN,
 ) -> list[ReferenceStep]:
     """``core.attention.decode_step`` of every sequence; ``per="query-head"`` gives each query head its own key head."""
     keys, values = layer.keys, layer.values
@@ -168,7 +174,7 @@ def reference_steps(
         encoder = per_query_head(encoder, group)
         keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
     return [
-        decode_step(query[:, 0], k, v, valid, encoder, budget, scale, tail)
+        decode_step(query[:, 0], k, v, valid, encoder, budget, scale, tail, softmax)
         for query, k, v, valid in zip(layer.query, keys, values, layer.valid, strict=True)
     ]
 

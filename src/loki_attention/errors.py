@@ -42,7 +42,7 @@ def unknown_name(kind: str, got: object, known: tuple[str, ...]) -> ArgumentErro
     return ArgumentError(f"unknown {kind} {got!r}; known: {', '.join(known)}{hint}")
 
 
-def check_tokens(name: str, value: object, *, least: int) -> None:
+def check_tokens(name: str, value: object, *, least: int, unit: str = "tokens") -> None:
     """Raise ``ArgumentError`` where ``value`` is not a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")
+        raise ArgumentError(f"{name} must be a whole number of {unit}, at least {least}; got {value!r}")

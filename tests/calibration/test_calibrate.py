@@ -177,10 +177,14 @@ def test_a_killed_run_resumes_to_the_identical_basis(tmp_path: Path, monkeypatch
 
 def test_a_checkpoint_of_another_run_starts_afresh_and_other_folders_are_refused(tmp_path: Path) -> None:
     partial = tmp_path / "partial"
-    Checkpoint(partial, "one").once("figure", 0, lambda: 1)
-    assert Checkpoint(partial, "one").once("figure", 0, lambda: 2) == 1
-    assert Checkpoint(partial, "one").once("figure", 1, lambda: 3) == 3
-    assert Checkpoint(partial, "two").once("figure", 0, lambda: 2) == 2
+
+    def figures(key: str, settings: int, answer: int) -> list[int]:
+        return list(Checkpoint(partial, key).once_each("figure", settings, lambda item: item + answer, [10, 20]))
+
+    assert figures("one", 0, 1) == [11, 21]
+    assert figures("one", 0, 2) == [11, 21]
+    assert figures("one", 1, 3) == [13, 23]
+    assert figures("two", 0, 2) == [12, 22]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"")
     with pytest.raises(LokiError, match="not a calibration in progress"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers import Layer, Shape, noise, random_encoder, random_layer, reference_steps
-from loki_attention.core.attention import ReferenceStep, attend, decode_step
+from loki_attention.core.attention import ReferenceStep, Softmax, attend, decode_step
 from loki_attention.core.budget import Budget
 from loki_attention.core.encoder import Encoder
 
@@ -124,6 +124,24 @@ def test_attend_is_softmax_attention() -> None:
     query, keys, values = noise(3, 8, seed=0), noise(20, 8, seed=1), noise(20, 5, seed=2)
     expected = softmax(0.3 * query.numpy() @ keys.numpy().T) @ values.numpy()
     np.testing.assert_allclose(attend(query, keys, values[:, :5].repeat(1, 2)[:, :8], 0.3)[:, :5], expected)
+
+
+def test_a_soft_cap_bounds_the_scores() -> None:
+    query, keys, values = noise(3, 8, seed=0), noise(20, 8, seed=1), noise(20, 8, seed=2)
+    expected = softmax(2 * np.tanh(0.9 * query.numpy() @ keys.numpy().T / 2)) @ values.numpy()
+    np.testing.assert_allclose(attend(query, keys, values, 0.9, softmax=Softmax(softcap=2.0)), expected)
+
+
+def test_a_sink_logit_takes_mass_and_gives_no_value() -> None:
+    query, keys, values = noise(3, 8, seed=0), noise(20, 8, seed=1), noise(20, 8, seed=2)
+    logits, mass, u = noise(3, seed=3), noise(3, seed=4), noise(3, 8, seed=5)
+    scores = np.exp(0.9 * query.numpy() @ keys.numpy().T)
+    denominator = scores.sum(1) + np.exp(logits.numpy())
+    plain = attend(query, keys, values, 0.9, softmax=Softmax(sink_logits=logits))
+    np.testing.assert_allclose(plain, scores @ values.numpy() / denominator[:, None])
+    tail = np.exp(mass.numpy())[:, None]
+    expected = (scores @ values.numpy() + tail * u.numpy()) / (denominator[:, None] + tail)
+    np.testing.assert_allclose(attend(query, keys, values, 0.9, mass, u, Softmax(sink_logits=logits)), expected)
 
 
 def test_attend_with_a_tail_is_one_more_token() -> None:

@@ -94,11 +94,20 @@ def test_other_numbers_of_samples_never_match() -> None:
     assert not fingerprint(*weights).matches(fingerprint(*weights[:3]))
 
 
-def test_only_matrices_with_data_count_in_the_order_of_their_names() -> None:
+def test_only_matrices_count_in_the_order_of_their_names() -> None:
     first, second = noise(3, 4, seed=0).float(), noise(3, 4, seed=1).float()
     plain = Fingerprint.of([("a", first), ("b", second)])
-    extra = [("c", torch.ones(5)), ("d", torch.ones(2, 2, device="meta")), ("e", torch.ones(2, 2, dtype=torch.int8))]
+    extra = [("c", torch.ones(5)), ("d", torch.ones(2, 2, dtype=torch.int8))]
     assert Fingerprint.of([("b", second), *extra, ("a", first)]) == plain
+
+
+def test_weights_without_data_are_no_fingerprint_and_say_so() -> None:
+    model = FakeModel().to("meta")
+    spec = ModelSpec.of(model)
+    assert spec.fingerprint.values == ()
+    with pytest.raises(MismatchError, match="not in memory"):
+        spec_of().check_serves(spec)
+    spec_of().check_serves(spec, other_weights=True)
 
 
 def test_about_a_thousand_values_of_many_matrices() -> None:

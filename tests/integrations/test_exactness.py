@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from cache_checks import check_twins_and_sums
 from loki_attention import Attached, Budget, attach
-from loki_attention.core.tail import TailSums, covered_tokens
 from loki_attention.integrations.huggingface.families import attention_modules
 from loki_attention.integrations.huggingface.observe import observe
 from masked_model import masked_by
@@ -236,31 +236,6 @@ def test_paper_loki_selects_by_algorithm_1(candidate: str) -> None:
             query = seen[layer].query[0, head, row].numpy()
             expected = numpy_algorithm_1(query, seen[layer].keys[0, head // 2, : row + 1].numpy(), p, 6, 24)
             np.testing.assert_array_equal(trace[0][layer][0, head, row].numpy(), expected)
-
-
-def check_twins_and_sums(cache: DynamicCache, basis_layers: set[int], valid: Tensor | None = None) -> None:
-    """Twins equal a fresh encoding of the cached keys; sums equal fresh sums over the tokens they cover."""
-    checked = 0
-    for index in basis_layers:
-        store = cache.layers[index].store
-        twins, tail = store.twins, store.tail
-        assert twins is not None
-        assert tail is not None
-        fresh = twins.encoder.encode_keys(store.keys[:, :, : twins.encoded])
-        assert torch.equal(twins.packed[:, :, : twins.encoded], fresh)
-        for b in range(store.keys.shape[0]):
-            rank, covered = tail.rank[b], int(tail.covered[b])
-            slots = ((rank >= 0) & (rank < covered)).nonzero().squeeze(-1)
-            assert covered == int(covered_tokens((rank >= 0).sum()))
-            for head in range(store.keys.shape[1]):
-                keys, values = (tensor[b : b + 1, :, slots] for tensor in (store.keys, store.values))
-                encoded = tail.encoder.project_keys(keys)[0, head, :, : tail.encoder.tail_rank]
-                expected = TailSums.of(encoded, values[0, head])
-                ours = [tail.sums.tokens[b, 0], *(part[b, head] for part in tail.sums[1:])]
-                for mine, theirs in zip(ours, expected, strict=True):
-                    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-                checked += 1
-    assert checked
 
 
 def turns(model: PreTrainedModel, cache: DynamicCache) -> None:

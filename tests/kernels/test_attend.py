@@ -39,7 +39,7 @@ def test_full_budget_is_dense_attention(shape: Shape, slots: int, dtype: torch.d
     layer = random_layer(shape, lengths, dtype=dtype, holes=True)
     exact = torch_attention(Layer(*(tensor.double() for tensor in layer[:3]), layer.valid), shape.scale)
     for sets in (shape.kv_heads, shape.kv_heads * shape.group):
-        ours = backend.attend(layer.query, layer.keys, layer.values, everything(layer, sets), shape.scale)
+        ours = backend.attend(layer.query, layer.keys, layer.values, everything(layer, sets), shape.scale).output
         assert ours.dtype == dtype
         error = ours.double() - exact
         if dtype == torch.float64:
@@ -58,7 +58,7 @@ def own_error(layer: Layer, exact: Tensor, scale: float) -> float:
 def test_sparse_attention_is_as_exact_as_torch_on_the_same_tokens(case: Case, dtype: torch.dtype) -> None:
     layer = random_layer(case.shape, (case.slots,) * 6, dtype=dtype)
     indices = backend_step(case, layer, case.encoder(dtype)).indices
-    ours = backend.attend(layer.query, layer.keys, layer.values, indices, case.shape.scale).double()
+    ours = backend.attend(layer.query, layer.keys, layer.values, indices, case.shape.scale).output.double()
     for kv in range(case.shape.kv_heads):
         heads = slice(kv * case.shape.group, (kv + 1) * case.shape.group)
         chosen = ~backend.unselected(indices[:, kv : kv + 1], case.slots)[:, 0, 0]
@@ -72,8 +72,10 @@ def test_full_budget_has_no_tail() -> None:
     layer = random_layer(Shape(2, 4, 64), (300, 200))
     indices = everything(layer, 2)
     nothing = torch.full((2, 8, 1), -math.inf, dtype=torch.float64)
-    with_tail = backend.attend(layer.query, layer.keys, layer.values, indices, 0.1, nothing, noise(2, 8, 1, 64, seed=0))
-    assert torch.equal(with_tail, backend.attend(layer.query, layer.keys, layer.values, indices, 0.1))
+    with_tail = backend.attend(
+        layer.query, layer.keys, layer.values, indices, 0.1, nothing, noise(2, 8, 1, 64, seed=0)
+    ).output
+    assert torch.equal(with_tail, backend.attend(layer.query, layer.keys, layer.values, indices, 0.1).output)
 
 
 @cases
@@ -82,11 +84,11 @@ def test_what_is_not_selected_is_not_read(case: Case) -> None:
     layer, ours = case.layer(), case.encoder()
     step = backend_step(case, layer, ours)
     tail_part = () if case.tail == "none" else (step.log_mass, torch.ones_like(layer.query))
-    plain = backend.attend(layer.query, layer.keys, layer.values, step.indices, case.shape.scale, *tail_part)
+    plain = backend.attend(layer.query, layer.keys, layer.values, step.indices, case.shape.scale, *tail_part).output
     unread = backend.unselected(step.indices, case.slots)[:, :, 0].unflatten(1, (case.shape.kv_heads, -1)).all(2)
     keys, values = (tensor.masked_fill(unread[..., None], torch.nan) for tensor in (layer.keys, layer.values))
     assert unread.any() == (case.slots > 1)
-    poisoned = backend.attend(layer.query, keys, values, step.indices, case.shape.scale, *tail_part)
+    poisoned = backend.attend(layer.query, keys, values, step.indices, case.shape.scale, *tail_part).output
     assert torch.equal(poisoned, plain)
     assert plain.isfinite().all()
 

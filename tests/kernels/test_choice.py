@@ -105,7 +105,7 @@ def test_rows_equal_each_row_alone() -> None:
         )
         k = budget.of_each(rows.tokens)
         indices = backend.top_k(ranking, rows, k, forced)
-        return indices, backend.tail_log_mass(scores, some.offset, indices, rows, k, rows.sampled)
+        return indices, backend.tail_log_mass(backend.estimates(scores, some), indices, rows, k, rows.sampled)
 
     indices, mass = choose(slice(0, 3))
     for t in range(3):

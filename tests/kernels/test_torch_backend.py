@@ -17,7 +17,8 @@ def test_float64_step_equals_the_reference(case: Case) -> None:
     layer, ours = case.layer(), case.encoder()
     step = backend_step(case, layer, ours)
     assert step.output.dtype == torch.float64
-    for b, expected in enumerate(reference_steps(layer, ours, case.budget, case.shape.scale, case.tail, case.per)):
+    expected_steps = reference_steps(layer, ours, case.budget, case.shape.scale, case.tail, case.per, case.softmax)
+    for b, expected in enumerate(expected_steps):
         assert chosen_slots(step.indices[b]) == expected.indices.tolist()
         torch.testing.assert_close(step.log_mass[b, :, 0], expected.log_mass, rtol=0, atol=1e-6)
         torch.testing.assert_close(step.output[b, :, 0], expected.output, rtol=0, atol=1e-6)
@@ -77,7 +78,7 @@ def test_float32_step_agrees_given_the_same_codes(case: Case) -> None:
             assert_same_up_to_the_threshold(combined, is_forced, slots, step.indices[b, i, 0], case.budget.of(count))
             selected = torch.isin(slots, step.indices[b, i, 0])
             offset = per_set(step.encoded.offset, case, b)[i, :, 0].double()
-            expected = tail.tail_log_mass(scores, offset, selected, in_sample)
+            expected = tail.tail_log_mass(scores, offset, selected, in_sample, case.softmax.cap)
             torch.testing.assert_close(per_set(step.log_mass, case, b)[i, :, 0].double(), expected, rtol=0, atol=1e-3)
         assert step.output[b].isfinite().all()
     assert_output_given_indices(case, layer, ours, step, scale)
@@ -108,9 +109,8 @@ def assert_output_given_indices(case: Case, layer: Layer, ours: Encoder, step: B
             heads, kv = slice(i * heads_per_set, (i + 1) * heads_per_set), i * case.shape.kv_heads // case.sets
             covered = tail.covered_tokens(layer.valid[b].sum()) > 0
             extra = (step.log_mass[b, heads, 0].double(), answer[b, heads, 0]) if answer is not None and covered else ()
-            expected = attention.attend(
-                wide.query[b, heads, 0], wide.keys[b, kv, picked], wide.values[b, kv, picked], scale, *extra
-            )
+            tensors = (wide.query[b, heads, 0], wide.keys[b, kv, picked], wide.values[b, kv, picked])
+            expected = attention.attend(*tensors, scale, *extra, softmax=case.softmax.of_heads(heads))
             torch.testing.assert_close(step.output[b, heads, 0].double(), expected, rtol=0, atol=2e-5)
 
 

@@ -11,6 +11,7 @@ from loki_attention.calibration.checkpoint import Checkpoint
 from loki_attention.calibration.collect import collect
 from loki_attention.calibration.corpus import Windows, windows_from_files, windows_from_ids, windows_from_texts
 from loki_attention.calibration.fit import Fitting, fit
+from loki_attention.calibration.ranks import all_ranks
 from loki_attention.calibration.summary import expected_loss
 from loki_attention.core.basis import KeyBasis
 from loki_attention.core.budget import Budget
@@ -20,6 +21,7 @@ from loki_attention.core.spec import ModelSpec
 from loki_attention.core.tail import check_tail
 from loki_attention.errors import ArgumentError, LokiWarning, unknown_name
 from loki_attention.integrations.huggingface.families import attention_modules
+from loki_attention.integrations.huggingface.parallel import check_whole
 
 _LONGEST_DEFAULT = 8192
 
@@ -52,10 +54,13 @@ def calibrate(
     of comparing. A layer whose best candidate keeps less than ``dense_if_mass_below`` of exact top-k's attention mass
     is marked dense, with a warning. With a ``checkpoint`` folder a killed run goes on where it was, to the identical
     result; the folder is removed at the end. ``progress`` draws bars and the expected loss on standard error.
+    Where ``torch.distributed`` is initialised, all processes call this with the same arguments, each with a whole
+    model: they share the windows out and all return the basis that one process would (``docs/distributed.md``).
 
     Raises a ``LokiError`` kind for an unsupported model, unusable text or a bad argument.
     """
     modules = attention_modules(model)
+    check_whole(model)
     spec = ModelSpec.of(model)
     budget = Budget(fraction=1 / 8) if budget is None else budget
     chosen_planes = _checked_planes(planes, spec.head_dim)
@@ -73,22 +78,24 @@ def calibrate(
     for note in windows.notes:
         warnings.warn(note, LokiWarning, stacklevel=2)
     key = hashlib.sha256(repr((spec.to_dict(), sorted(modules), windows.fingerprint)).encode()).hexdigest()
-    kept = Checkpoint(None if checkpoint is None else Path(checkpoint), key)
-    moments = collect(model, windows.fit, kept, show=progress)
-    fitting = Fitting(
-        model=model,
-        spec=spec,
-        moments=moments,
-        held_out=windows.held_out,
-        planes=chosen_planes,
-        budget=budget,
-        checkpoint=kept,
-        show=progress,
-    )
-    basis = fit(fitting, candidate=candidate, tail=tail, dense_if_mass_below=dense_if_mass_below)
+    with all_ranks() as ranks:
+        ranks.check_same((key, chosen_planes, budget, candidate, tail, dense_if_mass_below))
+        kept = Checkpoint(None if checkpoint is None else Path(checkpoint), key, ranks)
+        show = progress and ranks.first
+        fitting = Fitting(
+            model=model,
+            spec=spec,
+            moments=collect(model, windows.fit, kept, show=show),
+            held_out=windows.held_out,
+            planes=chosen_planes,
+            budget=budget,
+            checkpoint=kept,
+            show=show,
+        )
+        basis = fit(fitting, candidate=candidate, tail=tail, dense_if_mass_below=dense_if_mass_below)
+        kept.remove()
     basis = replace(basis, record={**_text_record(windows, seed), **basis.record})
-    kept.remove()
-    if progress:
+    if show:
         expected_loss(basis)
     return basis
 

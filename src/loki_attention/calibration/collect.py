@@ -23,15 +23,24 @@ def collect(
     *,
     show: bool = False,
 ) -> dict[int, LayerMoments]:
-    """The moments of every full-attention layer over all windows; goes on from what ``checkpoint`` holds."""
+    """The moments of every full-attention layer over all windows; goes on from what ``checkpoint`` holds.
+
+    The checkpoint's processes share the windows out; each window's moments are added in the windows' order in all.
+    """
     done, moments = checkpoint.moments() or (0, {})
+    of_window: dict[int, LayerMoments] = {}
 
     def add(seen: Observation) -> None:
         kv_heads, dim = seen.keys.shape[1], seen.keys.shape[3]
-        layer = moments.setdefault(seen.layer, LayerMoments.empty(kv_heads, dim))
+        layer = of_window.setdefault(seen.layer, LayerMoments.empty(kv_heads, dim))
         layer.pre_keys.add(seen.pre_keys[0])
         layer.post_keys.add(seen.keys[0])
         layer.queries.add(seen.query[0].reshape(kv_heads, -1, dim))
+
+    def of(window: Int[Tensor, "1 s"]) -> dict[int, LayerMoments]:
+        of_window.clear()
+        model(window.to(model.device), use_cache=False, logits_to_keep=1)
+        return dict(of_window)
 
     lengths = [window.shape[1] for window in windows]
     saved = time.monotonic()
@@ -40,8 +49,12 @@ def collect(
         torch.inference_mode(),
         observe(model, add),
     ):
-        for i in range(done, len(windows)):
-            model(windows[i].to(model.device), use_cache=False, logits_to_keep=1)
+        for i, parts in enumerate(checkpoint.ranks.each(of, windows[done:]), done):
+            for index, part in parts.items():
+                if index in moments:
+                    moments[index].merge(part)
+                else:
+                    moments[index] = part
             advance(lengths[i])
             if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES or i + 1 == len(windows):
                 checkpoint.save_moments(i + 1, moments)

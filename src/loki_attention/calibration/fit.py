@@ -72,9 +72,10 @@ class Fitting:
         ]
         with stage(name, sum(w.shape[1] for w in windows), show=self.show) as advance, warnings.catch_warnings():
             warnings.simplefilter("ignore", LokiWarning)
-            for i, window in enumerate(windows):
-                compute = partial(compare_window, self.model, window, variants)
-                for key, loss in self.checkpoint.once(f"{name}-{i}", (settings, str(self.planes)), compute).items():
+            compute = partial(compare_window, self.model, variants=variants)
+            compared = self.checkpoint.once_each(name, (settings, str(self.planes)), compute, windows)
+            for window, losses in zip(windows, compared, strict=True):
+                for key, loss in losses.items():
                     total[key] += Loss(*loss)
                 advance(window.shape[1])
         return {key: loss.figures() for key, loss in total.items()}
@@ -119,15 +120,31 @@ def _measure_mass(
     """Mass kept on held-out windows: layer to name to one figure a KV head (JSON types, layer keys as text)."""
     planes, group_size = fitting.planes, fitting.spec.group_size
     encoders = {name: {i: encoder(one, planes, group_size) for i, one in by.items()} for name, by in layers.items()}
-    tokens = sum(window.shape[1] for window in fitting.held_out)
+    tokens = [window.shape[1] for window in fitting.held_out]
 
-    def measure() -> dict[str, dict[str, list[float]]]:
-        with stage("kept mass", tokens, show=fitting.show) as advance:
-            kept = kept_mass(fitting.model, fitting.held_out, encoders, fitting.budget, advance)
-        return {str(i): {name: m.tolist() for name, m in by.items()} for i, by in sorted(kept.items())}
+    def measure(window: Tensor) -> dict[str, dict[str, list[float]]]:
+        kept = kept_mass(fitting.model, [window], encoders, fitting.budget)
+        return {str(i): {name: mass.tolist() for name, mass in by.items()} for i, by in sorted(kept.items())}
 
     settings = (sorted(encoders), str(fitting.planes), fitting.budget)
-    return dict(fitting.checkpoint.once("mass", settings, measure))
+    measured = []
+    with stage("kept mass", sum(tokens), show=fitting.show) as advance:
+        for mass in fitting.checkpoint.once_each("mass", settings, measure, fitting.held_out):
+            measured.append(mass)
+            advance(tokens[len(measured) - 1])
+    return _mean_mass(measured, [count - count // 2 for count in tokens])
+
+
+def _mean_mass(
+    measured: Sequence[dict[str, dict[str, list[float]]]], rows: Sequence[int]
+) -> dict[str, dict[str, list[float]]]:
+    """The mean over windows, each weighed by its ``rows``."""
+    weight = torch.tensor(rows, dtype=torch.float64) / sum(rows)
+
+    def mean(layer: str, name: str) -> list[float]:
+        return (weight @ torch.tensor([mass[layer][name] for mass in measured], dtype=torch.float64)).tolist()
+
+    return {layer: {name: mean(layer, name) for name in by} for layer, by in measured[0].items()}
 
 
 def _best_per_head(

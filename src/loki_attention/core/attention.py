@@ -14,6 +14,32 @@ from loki_attention.core.budget import Budget
 from loki_attention.core.encoder import Encoder
 
 
+class Softmax(NamedTuple):
+    """What a model adds to the softmax over its attention scores.
+
+    ``softcap`` bounds them to softcap * tanh(score / softcap) (Gemma 2). ``sink_logits`` (H) join the denominator with
+    no value, one a query head (gpt-oss).
+    """
+
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+    def cap(self, scores: Tensor) -> Tensor:
+        """The scores, soft-capped where the model does that.
+
+        >>> Softmax(softcap=2.0).cap(torch.tensor([0.0, 2.0, 100.0]))
+        tensor([0.0000, 1.5232, 2.0000])
+        """
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def of_heads(self, rows: slice) -> "Softmax":
+        """The same for some of the query heads."""
+        return self if self.sink_logits is None else self._replace(sink_logits=self.sink_logits[rows])
+
+
+PLAIN = Softmax()
+
+
 class ReferenceStep(NamedTuple):
     """Output (H, D), selected slots per KV head, ascending (Hkv, K), and the tail's log-mass (H)."""
 
@@ -29,16 +55,21 @@ def attend(
     scale: float,
     tail_mass: Float[Tensor, " g"] | None = None,
     tail_values: Float[Tensor, "g d"] | None = None,
+    softmax: Softmax = PLAIN,
 ) -> Float[Tensor, "g d"]:
     """Softmax attention over the given tokens and, where given, one virtual token of score t and value u a head.
 
-    output = (sum exp(s_j) v_j + exp(t) u) / (sum exp(s_j) + exp(t))
+    output = (sum exp(s_j) v_j + exp(t) u) / (sum exp(s_j) + exp(t) + exp(sink logit))
     """
-    scores = scale * query @ keys.mT
-    if tail_mass is None or tail_values is None:
-        return scores.softmax(-1) @ values
-    weights = torch.cat([scores, tail_mass[:, None]], dim=-1).softmax(-1)
-    return weights[:, :-1] @ values + weights[:, -1:] * tail_values
+    count = len(keys)
+    scores = softmax.cap(scale * query @ keys.mT)
+    if tail_mass is not None and tail_values is not None:
+        scores = torch.cat([scores, tail_mass[:, None]], dim=-1)
+    if softmax.sink_logits is not None:
+        scores = torch.cat([scores, softmax.sink_logits[:, None].to(scores.dtype)], dim=-1)
+    weights = scores.softmax(-1)
+    output = weights[:, :count] @ values
+    return output if tail_values is None else output + weights[:, count : count + 1] * tail_values
 
 
 def decode_step(
@@ -50,6 +81,7 @@ def decode_step(
     budget: Budget,
     scale: float,
     tail_kind: str = "none",
+    softmax: Softmax = PLAIN,
 ) -> ReferenceStep:
     """One decode step of Loki with quantised planes: encode, score, select, attend (Algorithm 1 and the tail).
 
@@ -72,7 +104,7 @@ def decode_step(
         ranking = combined if encoder.planes.is_float else selection.code(combined, encoded.deviation[0, rows, 0])
         chosen = selection.top_k(ranking, is_forced, k)
         selected = torch.zeros(count, dtype=torch.bool).index_fill(0, chosen, True)
-        tail_mass = tail.tail_log_mass(scores, encoded.offset[0, rows, 0], selected, in_sample)
+        tail_mass = tail.tail_log_mass(scores, encoded.offset[0, rows, 0], selected, in_sample, softmax.cap)
         tail_values = None
         if tail_kind != "none" and covered:
             leading = projected[head, :covered, : encoder.tail_rank]
@@ -80,7 +112,8 @@ def decode_step(
             query_leading, deviation = encoded.leading[0, rows, 0], encoded.deviation[0, rows, 0]
             tail_values = tail.tail_value(tail_kind, sums, query_leading, deviation, scale)
         picked = slots[chosen]
-        outputs.append(attend(query[rows], keys[head, picked], values[head, picked], scale, tail_mass, tail_values))
+        step = (query[rows], keys[head, picked], values[head, picked], scale, tail_mass, tail_values)
+        outputs.append(attend(*step, softmax.of_heads(rows)))
         indices.append(picked)
         masses.append(tail_mass)
     return ReferenceStep(torch.cat(outputs), torch.stack(indices), torch.cat(masses))

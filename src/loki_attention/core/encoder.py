@@ -60,6 +60,13 @@ class Encoder:
         moved = (tensor.to(device=device, dtype=compute) for tensor in tensors)
         return Encoder(f"{self.digest}-{compute}", self.planes, *moved)
 
+    def of_heads(self, heads: slice) -> "Encoder":
+        """This encoder for some of its KV heads alone; itself where they are all."""
+        if heads.indices(len(self.mean)) == (0, len(self.mean), 1):
+            return self
+        tensors = (self.mean, self.query_map, self.key_map, self.deviations, self.steps, self.kappa)
+        return Encoder(f"{self.digest}-{heads.start}:{heads.stop}", self.planes, *(tensor[heads] for tensor in tensors))
+
     def project_keys(self, keys: Keys) -> Levels:
         """(k - mean) A_k, not quantised: (B, Hkv, S, R) in the encoder's dtype."""
         return (keys.to(self.mean.dtype) - self.mean[:, None]) @ self.key_map

@@ -1,9 +1,10 @@
 """What a basis must match: heads, layers, RoPE and weights of a model, read by duck typing."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +23,22 @@ class Fingerprint:
     epsilon: float
 
     @classmethod
-    def of(cls, parameters: Iterable[tuple[str, Tensor]]) -> "Fingerprint":
-        """The fingerprint of named parameters (matrices only; tensors without data are left out)."""
-        matrices = [(n, p) for n, p in parameters if p.dim() == 2 and p.is_floating_point() and not p.is_meta]
+    def of(
+        cls, parameters: Iterable[tuple[str, Tensor]], whole: Callable[[str, Tensor], Tensor] = lambda _, weight: weight
+    ) -> "Fingerprint":
+        """The fingerprint of named parameters (matrices only); empty where one that is sampled has no data.
+
+        ``whole`` is asked for the values of each matrix in turn, so that one is held at a time.
+        """
+        matrices = [(n, p) for n, p in parameters if p.dim() == 2 and p.is_floating_point()]
         matrices.sort(key=lambda pair: pair[0])
         each = max(1, _SAMPLES // max(1, len(matrices)))
         chosen = matrices[:: max(1, len(matrices) // _SAMPLES)]
         values: list[float] = []
-        for _, weight in chosen:
-            flat = weight.detach().reshape(-1)
+        for name, weight in chosen:
+            flat = whole(name, weight.detach()).reshape(-1)
+            if flat.is_meta:
+                return cls((), torch.finfo(torch.float32).eps)
             # Whole numbers: float32 cannot tell the last slots of a large vocabulary apart, and steps past the end.
             slots = torch.arange(each, device=flat.device) * (flat.numel() - 1) // max(1, each - 1)
             values += flat[slots].float().tolist()
@@ -54,6 +62,21 @@ class Fingerprint:
         return strays <= _ALLOWED_STRAYS * len(self.values) / _SAMPLES
 
 
+class HeadLayout(NamedTuple):
+    """A decoder's query heads, key heads and head dim, by its configuration."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> "HeadLayout":
+        """The layout of a transformers-style text configuration."""
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return cls(heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The traits of a model that a basis depends on. ``layers`` are the full-attention layers' indices."""
@@ -71,22 +94,26 @@ class ModelSpec:
     fingerprint: Fingerprint
 
     @classmethod
-    def of(cls, model: Any) -> "ModelSpec":
-        """The spec of a model with a transformers-style ``config`` and ``named_parameters()``."""
+    def of(cls, model: Any, *, weights: bool = True) -> "ModelSpec":
+        """The spec of a model with a transformers-style ``config`` and ``named_parameters()``.
+
+        A model split over processes has the spec of the whole: its processes must ask together, since its weights are
+        gathered, one at a time. ``weights=False`` leaves the fingerprint empty.
+        """
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        heads = config.num_attention_heads
+        layout = HeadLayout.of(config)
         return cls(
             model_id=str(getattr(config, "name_or_path", "") or config.model_type).rstrip("/").split("/")[-1],
             architecture=type(model).__name__,
             depth=config.num_hidden_layers,
             layers=full_attention_layers(config),
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            heads=layout.heads,
+            kv_heads=layout.kv_heads,
+            head_dim=layout.head_dim,
             rope=_plain(getattr(config, "rope_parameters", None) or {}),
             max_length=config.max_position_embeddings,
             vocabulary=config.vocab_size,
-            fingerprint=Fingerprint.of(model.named_parameters()),
+            fingerprint=Fingerprint.of(model.named_parameters() if weights else (), partial(_whole, model)),
         )
 
     @property
@@ -111,6 +138,11 @@ class ModelSpec:
                 f"this basis was calibrated with other RoPE parameters: {dict(self.rope)}, the model has "
                 f"{dict(model.rope)}; calibrate this model"
             )
+        if not other_weights and self.fingerprint.values and not model.fingerprint.values:
+            raise MismatchError(
+                "this model's weights are not in memory and cannot be compared with those the basis was calibrated on; "
+                "load them, or pass other_weights=True if you know that they are the same"
+            )
         if not other_weights and not self.fingerprint.matches(model.fingerprint):
             raise MismatchError(
                 "this basis was calibrated on other weights of the same architecture (a fine-tune?); calibrate this "
@@ -129,12 +161,27 @@ class ModelSpec:
 
 
 def full_attention_layers(config: Any) -> tuple[int, ...]:
-    """Indices of the layers whose attention sees the whole context: named so, or all of them without a sliding window."""
-    types = getattr(config, "layer_types", None)
-    if types is None:
+    """Indices of the layers whose attention sees the whole context."""
+    return tuple(i for i, name in enumerate(layer_kinds(config)) if name == "full_attention")
+
+
+def layer_kinds(config: Any) -> tuple[str, ...]:
+    """Every layer's kind by its name in ``config.layer_types``; without names, a sliding window is every layer's."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
         sliding = getattr(config, "sliding_window", None) is not None
-        types = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-    return tuple(i for i, name in enumerate(types) if name == "full_attention")
+        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    return tuple(kinds)
+
+
+def _whole(model: Any, name: str, weight: Tensor) -> Tensor:
+    """A weight's values: gathered where processes share it, from accelerate's keeping where it is offloaded."""
+    if weight.is_meta:
+        owner, _, own_name = name.rpartition(".")
+        kept = getattr(getattr(model.get_submodule(owner), "_hf_hook", None), "weights_map", None)
+        return weight if kept is None else kept[own_name]
+    gather: Callable[[], Tensor] | None = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ The specification for one sequence and KV head. Log-mass comes from the low-rank
 sums over the first ``covered_tokens`` tokens (a linear-attention state of R1 x D numbers).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,16 +53,17 @@ def tail_log_mass(
     offset: Float[Tensor, " g"],
     selected: Bool[Tensor, " n"],
     in_sample: Bool[Tensor, " n"],
+    cap: Callable[[Tensor], Tensor] = lambda scores: scores,
 ) -> Float[Tensor, " g"]:
     """t: the log of the mass of unselected tokens, from those of them in the sample; -inf where there are none.
 
-    ``offset`` is what a score lacks of the true one: scale q . mean + kappa.
+    ``offset`` is what a score lacks of the true one: scale q . mean + kappa. ``cap`` is the model's soft-cap.
     """
     drawn = in_sample & ~selected
     if not drawn.any():
         return torch.full_like(offset, -torch.inf)
     ratio = (~selected).sum() / drawn.sum()
-    return torch.logsumexp(scores[:, drawn] + offset[:, None], dim=-1) + ratio.to(scores.dtype).log()
+    return torch.logsumexp(cap(scores[:, drawn] + offset[:, None]), dim=-1) + ratio.to(scores.dtype).log()
 
 
 def tail_value(

@@ -1,6 +1,6 @@
 """How much attention mass a selection keeps, layer by layer and head by head, on dense forwards."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,10 @@ def kept_mass(
     windows: Sequence[Int[Tensor, "1 s"]],
     encoders: Mapping[str, Mapping[int, Encoder]],
     budget: Budget,
-    advance: Callable[[int], None] = lambda tokens: None,
 ) -> dict[int, Mass]:
     """Mean attention mass that each encoder's selection keeps, by layer, name and KV head; ``exact-topk`` beside them.
 
     Rows of each window's second half, one index set per KV head, mass averaged over rows and the group's query heads.
-    ``advance`` is told the tokens of every window done.
     """
     sums: dict[int, Mass] = {}
     rows_seen = 0
@@ -49,7 +47,6 @@ def kept_mass(
         for window in windows:
             model(window.to(model.device), use_cache=False, logits_to_keep=1)
             rows_seen += window.shape[1] - window.shape[1] // 2
-            advance(window.shape[1])
     return {layer: {name: mass / rows_seen for name, mass in by.items()} for layer, by in sums.items()}
 
 
@@ -65,11 +62,11 @@ def _mass_of(seen: Observation, methods: Mapping[str, SelectionMethod]) -> Mass:
         stop = min(start + at_once, slots)
         rows = Rows.of(every, torch.arange(start + 1, stop + 1, device=every.device)[None])
         query = seen.query[:, :, start:stop]
-        scores = torch_backend.score_exact(query, seen.keys, seen.scale, kv_heads)
+        scores = torch_backend.score_exact(query, seen.keys, seen.scale, kv_heads, seen.softmax)
         share = scores.masked_fill(~rows.visible[:, None, None], -torch.inf).softmax(-1).mean(2)
         for name, method in methods.items():
             k = method.budgets(rows)
-            step = Step(query, views[name], rows, k, seen.scale, method.encode(query, seen.scale))
+            step = Step(query, views[name], rows, k, seen.scale, method.encode(query, seen.scale), seen.softmax)
             slots_kept = method.choose(step).indices
             kept = share.gather(-1, slots_kept.clamp(min=0)).masked_fill(slots_kept < 0, 0.0)
             total[name] += kept.sum((0, 2, 3)).double().cpu()

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loki_attention.core.attention import PLAIN, Softmax
 from loki_attention.core.encoder import EncodedQuery, Encoder
 from loki_attention.core.planes import Planes
 from loki_attention.core.selection import CODES_PER_DEVIATION, LARGEST_CODE, TEMPER
@@ -37,11 +38,23 @@ def score_low_rank(query: EncodedQuery, packed: PackedKeys, planes: Planes, sets
     return (products * query.step.unflatten(1, (kv_heads, -1))[..., None]).flatten(1, 2).unflatten(1, (sets, -1))
 
 
-def score_exact(query: Queries, keys: Keys, scale: float, sets: int) -> GroupScores:
-    """Exact attention scores of every slot, scale included, in float32 (float64 for float64)."""
+def estimates(scores: GroupScores, query: EncodedQuery) -> GroupScores:
+    """Estimates of the exact attention scores: what the mean and the low rank took away is added."""
+    return scores + query.offset.unflatten(1, (scores.shape[1], -1))[..., None]
+
+
+class Attended(NamedTuple):
+    """Attention output (B, H, T, D) and the tail's estimate of the mass kept, 1 - its share; None without a tail."""
+
+    output: Queries
+    kept: PerHeadRow | None
+
+
+def score_exact(query: Queries, keys: Keys, scale: float, sets: int, softmax: Softmax = PLAIN) -> GroupScores:
+    """Exact attention scores of every slot, scale and soft-cap included, in float32 (float64 for float64)."""
     compute = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(compute).unflatten(1, (keys.shape[1], -1))
-    scores = scale * (grouped @ keys.to(compute)[:, :, None].mT)
+    scores = softmax.cap(scale * (grouped @ keys.to(compute)[:, :, None].mT))
     return scores.flatten(1, 2).unflatten(1, (sets, -1))
 
 
@@ -103,14 +116,16 @@ def unselected(indices: Indices, slots: int) -> Bool[Tensor, "b sets t s"]:
 
 
 def tail_log_mass(
-    scores: GroupScores, offset: PerHeadRow, indices: Indices, rows: Rows, k: Int[Tensor, "b t"], drawn_from: Tensor
+    scores: GroupScores, indices: Indices, rows: Rows, k: Int[Tensor, "b t"], among: Tensor
 ) -> PerHeadRow:
-    """t: the log-mass of what is not selected, from the unselected tokens among ``drawn_from`` (B, T, S); else -inf."""
-    drawn = unselected(indices, scores.shape[-1]) & drawn_from[:, None]
+    """t: the log-mass of what is not selected, from the unselected tokens ``among`` (B, T, S) some; else -inf.
+
+    ``scores`` are estimates of the true ones: mean and kappa added, soft-capped.
+    """
+    drawn = unselected(indices, scores.shape[-1]) & among[:, None]
     ratio = ((rows.tokens - k)[:, None] / drawn.sum(-1)).nan_to_num(nan=0.0, posinf=0.0).log()[..., None]
     log_weight = torch.where(drawn, ratio, -torch.inf).to(scores.dtype)
-    mass = torch.logsumexp(scores + log_weight[:, :, None], dim=-1)
-    return mass.flatten(1, 2) + offset
+    return torch.logsumexp(scores + log_weight[:, :, None], dim=-1).flatten(1, 2)
 
 
 def attend(
@@ -121,7 +136,8 @@ def attend(
     scale: float,
     tail_mass: PerHeadRow | None = None,
     tail_values: Float[Tensor, "b h t d"] | None = None,
-) -> Queries:
+    softmax: Softmax = PLAIN,
+) -> Attended:
     """Exact softmax attention over the indexed slots, and over the tail's virtual token where one is given.
 
     Only indexed rows of ``keys`` and ``values`` are read. Accumulates in float32 (float64 for float64) and returns
@@ -133,16 +149,22 @@ def attend(
     slots = indices.where(indices >= 0, indices[..., :1])
     picked_keys = _gather(keys, slots).to(compute)
     grouped = query.to(compute).unflatten(1, (sets, -1)).transpose(2, 3)
-    scores = (scale * grouped @ picked_keys.mT).masked_fill((indices < 0)[..., None, :], -torch.inf)
+    scores = softmax.cap(scale * grouped @ picked_keys.mT).masked_fill((indices < 0)[..., None, :], -torch.inf)
+    k = scores.shape[-1]
     if tail_mass is not None:
         mass = tail_mass.to(compute).unflatten(1, (sets, -1)).transpose(2, 3)
         scores = torch.cat([scores, mass[..., None]], dim=-1)
+    if softmax.sink_logits is not None:
+        logits = softmax.sink_logits.to(compute).reshape(sets, 1, -1, 1)
+        scores = torch.cat([scores, logits.expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(-1)
-    output = weights[..., : indices.shape[-1]] @ _gather(values, slots).to(compute)
+    output, kept = weights[..., :k] @ _gather(values, slots).to(compute), None
     if tail_mass is not None and tail_values is not None:
         answer = tail_values.to(compute).unflatten(1, (sets, -1)).transpose(2, 3)
-        output = output + weights[..., -1:] * answer
-    return output.transpose(2, 3).reshape(batch, -1, *query.shape[2:]).to(query.dtype)
+        output = output + weights[..., k : k + 1] * answer
+        exact = weights[..., :k].sum(-1)
+        kept = (exact / (exact + weights[..., k])).transpose(2, 3).flatten(1, 2)
+    return Attended(output.transpose(2, 3).reshape(batch, -1, *query.shape[2:]).to(query.dtype), kept)
 
 
 def leading_dims(keys: Keys, encoder: Encoder | None) -> Tensor:

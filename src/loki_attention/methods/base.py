@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loki_attention.core.attention import PLAIN, Softmax
 from loki_attention.core.budget import Budget
 from loki_attention.core.encoder import EncodedQuery, Encoder
 from loki_attention.core.shapes import Indices, Keys, PackedKeys, PerHeadRow, Queries, Values
@@ -37,7 +38,10 @@ class LayerView(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Some query rows over one layer: the rows' slots and budgets, the attention scale, the encoded rows if any."""
+    """Some query rows over one layer.
+
+    The rows' slots and budgets, the attention scale, the encoded rows if any, what the model adds to the softmax.
+    """
 
     query: Queries
     layer: LayerView
@@ -45,6 +49,7 @@ class Step(NamedTuple):
     k: Int[Tensor, "b t"]
     scale: float
     encoded: EncodedQuery | None
+    softmax: Softmax = PLAIN
 
     def sets(self, per: str) -> int:
         """How many index sets a row has: one per KV head, or one per query head."""
@@ -52,10 +57,14 @@ class Step(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Attention output (B, H, T, D) of the rows and the slots they attended; None where all were."""
+    """Attention output (B, H, T, D) of the rows and the slots they attended; None where all were.
+
+    ``kept`` is the tail's estimate of the attention mass on those slots, not a number where there is no tail.
+    """
 
     output: Queries
     indices: Indices | None
+    kept: PerHeadRow | None = None
 
 
 class Chosen(NamedTuple):
@@ -87,9 +96,9 @@ class Method(ABC):
         """K of every row."""
         return self.budget.of_each(rows.tokens)
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> "Method":
-        """This method with its encoder on ``device``, for a model of ``dtype``."""
-        return self if self.encoder is None else replace(self, encoder=self.encoder.to(device, dtype))
+    def on(self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None)) -> "Method":
+        """This method with its encoder on ``device``, for a model of ``dtype`` and these of the layer's KV heads."""
+        return self if self.encoder is None else replace(self, encoder=self.encoder.to(device, dtype).of_heads(heads))
 
     @abstractmethod
     def attend(self, step: Step) -> Answer:
@@ -121,9 +130,11 @@ class SelectionMethod(Method):
         answer = None
         if mass is not None:
             mass, answer = self._tail_answer(step, mass)
-        layer = step.layer
-        output = torch_backend.attend(step.query, layer.keys, layer.values, indices, step.scale, mass, answer)
-        return Answer(output, indices)
+        tensors = (step.query, step.layer.keys, step.layer.values, indices)
+        output, kept = torch_backend.attend(*tensors, step.scale, mass, answer, step.softmax)
+        if kept is not None and mass is not None:
+            kept = kept.masked_fill(mass == -torch.inf, torch.nan)
+        return Answer(output, indices, kept)
 
     def read_bytes(self, tokens: Tensor, k: Tensor, group_size: int, row_bytes: int) -> Tensor:
         """K keys and values for every set, and the tail's sums."""

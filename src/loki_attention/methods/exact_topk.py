@@ -21,7 +21,7 @@ class ExactTopK(SelectionMethod):
     def choose(self, step: Step) -> Chosen:
         """The K highest scores less their mean over the visible tokens; L and the tail's mass are exact."""
         visible = step.rows.visible
-        exact = torch_backend.score_exact(step.query, step.layer.keys, step.scale, step.sets(self.per))
+        exact = torch_backend.score_exact(step.query, step.layer.keys, step.scale, step.sets(self.per), step.softmax)
         exact = torch.where(visible[:, None, None], exact, 0.0)
         mean = exact.sum(-1) / step.rows.tokens[:, None, None]
         scores = exact - mean[..., None]
@@ -31,8 +31,7 @@ class ExactTopK(SelectionMethod):
         indices = torch_backend.top_k(ranking, step.rows, step.k, self.forced)
         if self.tail == "none":
             return Chosen(indices)
-        offset = mean.flatten(1, 2)
-        return Chosen(indices, torch_backend.tail_log_mass(scores, offset, indices, step.rows, step.k, visible))
+        return Chosen(indices, torch_backend.tail_log_mass(exact, indices, step.rows, step.k, visible))
 
     def read_bytes(self, tokens: Tensor, k: Tensor, group_size: int, row_bytes: int) -> Tensor:
         """Every key, K values for every set, and the tail's sums."""

@@ -30,8 +30,8 @@ class Loki(SelectionMethod):
         indices = torch_backend.top_k(ranking, step.rows, step.k, self.forced)
         if self.tail == "none":
             return Chosen(indices)
-        sample = step.rows.sampled
-        return Chosen(indices, torch_backend.tail_log_mass(scores, query.offset, indices, step.rows, step.k, sample))
+        estimates, sample = step.softmax.cap(torch_backend.estimates(scores, query)), step.rows.sampled
+        return Chosen(indices, torch_backend.tail_log_mass(estimates, indices, step.rows, step.k, sample))
 
     def read_bytes(self, tokens: Tensor, k: Tensor, group_size: int, row_bytes: int) -> Tensor:
         """Every twin, K keys and values for every set, and the tail's sums."""

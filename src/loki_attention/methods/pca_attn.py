@@ -29,7 +29,11 @@ class PcaAttention(Method):
         layer = step.layer
         scores = torch_backend.score_low_rank(step.encoded, layer.twins(), self.encoder.planes, layer.keys.shape[1])
         hidden = ~step.rows.visible[:, None, None]
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        scores = step.softmax.cap(torch_backend.estimates(scores, step.encoded)).masked_fill(hidden, -torch.inf)
+        if step.softmax.sink_logits is not None:
+            logits = step.softmax.sink_logits.to(scores.dtype).reshape(1, scores.shape[1], -1, 1, 1)
+            scores = torch.cat([scores, logits.expand(*scores.shape[:-1], 1)], dim=-1)
+        weights = scores.softmax(-1)[..., : hidden.shape[-1]]
         output: Queries = (weights @ layer.values[:, :, None].to(weights.dtype)).flatten(1, 2)
         return Answer(output.to(step.query.dtype), None)
 

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 from loki_attention.core.basis import KeyBasis
 from loki_attention.core.budget import Budget
 from loki_attention.core.planes import Plane, Planes
-from loki_attention.core.spec import ModelSpec
+from loki_attention.core.spec import HeadLayout, ModelSpec
 from loki_attention.core.tail import check_tail
 from loki_attention.errors import ArgumentError, LokiWarning, check_tokens, unknown_name
 from loki_attention.integrations.huggingface.attached import Attached, LayerPlan, Settings
-from loki_attention.integrations.huggingface.families import attention_modules
+from loki_attention.integrations.huggingface.families import attention_modules, text_config
+from loki_attention.integrations.huggingface.monitor import monitor_settings
 from loki_attention.kernels.ops import choose_backend
 from loki_attention.methods import PER, Method, method_class
 
@@ -32,6 +33,8 @@ def attach(
     per: str = "kv-head",
     layers: Mapping[int, LayerChoice] | None = None,
     dense_below: int = 0,
+    monitor_every: Any = None,
+    on_low_mass: Any = None,
     backend: str = "auto",
 ) -> Attached:
     """The handle of ``model`` with its decode steps run by ``method``; use it in a ``with`` block or ``detach()`` it.
@@ -42,6 +45,9 @@ def attach(
     ``"kv-head"`` or, for research, ``"query-head"`` (paper-loki's rule). ``layers`` overrides single layers with
     ``"dense"``, ``"sparse"`` or a ``Budget``; by default layer 0 and what calibration marked stay dense, and with the
     paper's own methods none. Sequences shorter than ``dense_below`` tokens stay dense.
+    ``monitor_every=n`` checks every n-th decode step, on one layer in turn, against dense attention; ``report()`` says
+    what it found. ``on_low_mass=(0.5, "warn")`` warns where a checked layer kept less than half of the attention mass,
+    ``(0.5, "dense")`` leaves it dense from then on. Under ``backend="auto"`` the report says what was chosen and why.
     Raises a ``LokiError`` kind for every misuse, and ``MismatchError`` for a basis of another layout.
     """
     chosen_backend = choose_backend(backend)
@@ -50,12 +56,14 @@ def attach(
     if basis is not None:
         _check_basis(model, basis)
     check_tokens("dense_below", dense_below, least=0)
+    monitor = monitor_settings(monitor_every, on_low_mass)
     choices = _checked_layers(dict(layers or {}), modules)
     if kind is None:
         plans = dict.fromkeys(modules, LayerPlan(None, "method dense"))
         return Attached(model, plans, Settings(method=method, backend=chosen_backend))
     request = _resolve(kind, basis, budget, planes, tail, per)
-    plans = {index: _plan(index, modules[index].head_dim, request, choices.get(index)) for index in modules}
+    head_dim = HeadLayout.of(text_config(model)).head_dim
+    plans = {index: _plan(index, head_dim, request, choices.get(index)) for index in modules}
     if all(plan.method is None for plan in plans.values()):
         warnings.warn("every layer stays dense: nothing will be sparse", LokiWarning, stacklevel=2)
     return Attached(
@@ -68,6 +76,7 @@ def attach(
             planes=str(request.planes) if kind.needs_basis else None,
             tail=request.tail,
             dense_below=dense_below,
+            monitor=monitor,
             calibrated_length=basis.record.get("length") if basis is not None and kind.needs_basis else None,
         ),
     )
@@ -160,7 +169,7 @@ def _check_basis(model: PreTrainedModel, basis: Any) -> None:
     """Layout alone: weights were compared when the basis was loaded, and a fine-tune may be wanted."""
     if not isinstance(basis, KeyBasis):
         raise ArgumentError(f"basis must be a KeyBasis, got {basis!r}; KeyBasis.load(path, model=model) reads one")
-    basis.spec.check_serves(ModelSpec.of(model), other_weights=True)
+    basis.spec.check_serves(ModelSpec.of(model, weights=False), other_weights=True)
 
 
 def _checked_layers(layers: dict[int, LayerChoice], modules: Mapping[int, Any]) -> dict[int, LayerChoice]:

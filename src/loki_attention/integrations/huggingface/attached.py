@@ -1,6 +1,5 @@
 """The handle of an attached model: hooks in, row rules, traces, report, hooks out."""
 
-import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,10 +14,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from loki_attention.core.spec import layer_kinds
 from loki_attention.errors import ArgumentError, LokiWarning, ModelError
 from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
 from loki_attention.integrations.huggingface.families import attention_modules, decoder_of, text_config
-from loki_attention.integrations.huggingface.interception import Redirection, original_attention
+from loki_attention.integrations.huggingface.generate_watch import GenerateWatch
+from loki_attention.integrations.huggingface.interception import Redirection, original_attention, softmax_of
+from loki_attention.integrations.huggingface.monitor import Monitor, MonitorSettings
+from loki_attention.integrations.huggingface.parallel import local_heads
 from loki_attention.integrations.huggingface.report import LayerReport, Memory, Report, Tally
 from loki_attention.integrations.huggingface.sparse_rows import (
     RowRule,
@@ -28,7 +31,7 @@ from loki_attention.integrations.huggingface.sparse_rows import (
     find_sparse_rows,
 )
 from loki_attention.kernels.ops import Backend
-from loki_attention.methods import Method
+from loki_attention.methods import Answer, Method
 
 _LENGTH_MARGIN = 1.5
 Trace = list[dict[int, Tensor]]
@@ -54,6 +57,7 @@ class Settings:
     tail: str = "none"
     dense_below: int = 0
     calibrated_length: int | None = None
+    monitor: MonitorSettings | None = None
 
 
 class Attached:
@@ -70,15 +74,18 @@ class Attached:
         self._warned_of_length = False
         self._tallies = {layer: Tally() for layer in plans}
         self._memory, self._peak_bytes = Memory(), 0
-        self._modules = attention_modules(model)
+        sparse = sorted(layer for layer, plan in plans.items() if plan.method is not None)
+        self._monitor = Monitor(settings.monitor, sparse) if settings.monitor is not None and sparse else None
         self._methods: dict[tuple[int, torch.device, torch.dtype], Method] = {}
-        self._redirection: Redirection | None = Redirection(model, self._modules, self._attention)
+        # Compiled models run their graphs up to here, and go on after.
+        outside = torch.compiler.disable
+        self._redirection: Redirection | None = Redirection(model, attention_modules(model), outside(self._attention))
         decoder = decoder_of(model)
         self._hooks = [
-            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            decoder.register_forward_hook(self._after_forward, always_call=True),
+            decoder.register_forward_pre_hook(outside(self._before_forward), with_kwargs=True),
+            decoder.register_forward_hook(outside(self._after_forward), always_call=True),
         ]
-        self._watch_generate()
+        self._generate = GenerateWatch(model, lambda cache, tokens: own_layers(cache, self._plans, tokens))
 
     def __enter__(self) -> "Attached":
         return self
@@ -104,7 +111,7 @@ class Attached:
         self._redirection = None
         for hook in self._hooks:
             hook.remove()
-        self._model.__dict__.pop("_prepare_cache_for_generation", None)
+        self._generate.undo()
         if sys.exc_info()[0] is None:
             self._warn_if_idle()
 
@@ -143,22 +150,11 @@ class Attached:
 
     def report(self) -> Report:
         """What the attached model did so far."""
+        settings, kinds = self._settings, layer_kinds(text_config(self._model))
         layers = tuple(
-            LayerReport(
-                layer=index,
-                sparse=plan.method is not None,
-                reason=plan.reason,
-                sparse_steps=tally.sparse_steps,
-                dense_steps=dict(tally.dense_steps),
-                sparse_rows=tally.sparse_rows,
-                tokens_read=tally.tokens_read,
-                tokens_cached=tally.tokens_cached,
-                bytes_read=tally.bytes_read,
-                bytes_dense=tally.bytes_dense,
-            )
-            for index, plan, tally in ((i, self._plans[i], self._tallies[i]) for i in sorted(self._plans))
+            LayerReport.of(i, self._tallies[i], sparse=plan.method is not None, reason=plan.reason)
+            for i, plan in sorted(self._plans.items())
         )
-        settings = self._settings
         return Report(
             method=settings.method,
             budget=settings.budget,
@@ -166,6 +162,8 @@ class Attached:
             tail=settings.tail,
             backend=settings.backend,
             layers=layers,
+            other_layers={i: kind for i, kind in enumerate(kinds) if i not in self._plans},
+            monitor=self._monitor.report() if self._monitor is not None else None,
             memory=self._memory,
             peak_bytes=self._peak_bytes,
         )
@@ -181,12 +179,16 @@ class Attached:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         config = text_config(self._model)
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions", config.output_attentions):
             raise ModelError("output_attentions=True needs every attention weight; detach to get them")
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._model.parameters()):
+            raise ModelError(
+                "an attached model has no gradients; call it under torch.inference_mode() (generate does), or detach to train"
+            )
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)
         if cache is not None:
-            own_layers(cache, config.num_hidden_layers)
+            own_layers(cache, self._plans)
             kwargs["past_key_values"] = cache
         _CACHE.set(cache)
         self._called.clear()
@@ -212,37 +214,52 @@ class Attached:
         self._called.add(layer)
         store = store_of(_CACHE.get(), layer)
         self._warn_if_too_long(key.shape[2])
-        tensors = Tensors(query, key, value, attention_mask, float(kwargs["scaling"]), store)
-        method = self._method(layer, query)
-        found: SparseRows | str = self._plans[layer].reason
-        if method is not None:
-            found = find_sparse_rows(tensors, method, self._rule, self._settings.dense_below)
-        assert self._redirection is not None
-        dense = original_attention(module, self._redirection.original)
+        tensors = Tensors(query, key, value, attention_mask, float(kwargs["scaling"]), store, softmax_of(kwargs))
+        method = self._method(module, query, key)
+        found = self._sparse_rows(layer, tensors, method)
+
+        def dense() -> Tensor:
+            assert self._redirection is not None
+            original = original_attention(module, self._redirection.original)
+            return original(module, query, key, value, attention_mask, **kwargs)[0]
+
         if method is None or isinstance(found, str):
             self._tallies[layer].dense_steps[str(found)] += 1
-            return dense(module, query, key, value, attention_mask, **kwargs)
-        sparse, indices = attend_sparse_rows(tensors, method, found)
-        self._count(layer, method, tensors, found)
-        self._note(layer, found, indices, query.shape[2])
-        sparse = sparse.transpose(1, 2)
+            return dense(), None
+        answer = attend_sparse_rows(tensors, method, found)
+        self._count(layer, method, tensors, found, answer)
+        self._note(layer, found, answer.indices, query.shape[2])
+        if self._monitor is not None and query.shape[2] == 1 and self._monitor.is_due(layer):
+            self._monitor.check(layer, tensors, found, answer, dense().transpose(1, 2))
+        sparse = answer.output.transpose(1, 2)
         if found.start == 0 and bool(found.active.all()):
             return sparse, None
-        output, _ = dense(module, query, key, value, attention_mask, **kwargs)
+        output = dense()
         chosen = torch.where(found.active[..., None, None], sparse, output[:, found.start :])
         return torch.cat([output[:, : found.start], chosen], dim=1), None
 
-    def _method(self, layer: int, query: Tensor) -> Method | None:
-        """The layer's method with its encoder on the query's device."""
-        plan = self._plans[layer]
-        if plan.method is None or plan.method.encoder is None:
-            return plan.method
-        key = (layer, query.device, query.dtype)
+    def _sparse_rows(self, layer: int, tensors: Tensors, method: Method | None) -> SparseRows | str:
+        """The forward's sparse rows at a layer, or the reason why it is dense."""
+        if method is None:
+            return self._plans[layer].reason
+        if self._monitor is not None and self._monitor.gone_dense(layer):
+            return "kept too little mass"
+        if self._generate.in_prompt:
+            return "prefill"
+        return find_sparse_rows(tensors, method, self._rule, self._settings.dense_below)
+
+    def _method(self, module: Any, query: Tensor, keys: Tensor) -> Method | None:
+        """The layer's method with its encoder on the query's device, for the heads that this process sees."""
+        method = self._plans[module.layer_idx].method
+        if method is None or method.encoder is None:
+            return method
+        key = (module.layer_idx, query.device, query.dtype)
         if key not in self._methods:
-            self._methods[key] = plan.method.on(query.device, query.dtype)
+            heads = local_heads(module, len(method.encoder.mean), seen=keys.shape[1])
+            self._methods[key] = method.on(query.device, query.dtype, heads)
         return self._methods[key]
 
-    def _count(self, layer: int, method: Method, tensors: Tensors, found: SparseRows) -> None:
+    def _count(self, layer: int, method: Method, tensors: Tensors, found: SparseRows, answer: Answer) -> None:
         cached, read = found.rows.tokens[found.active], found.k[found.active]
         kv_heads = tensors.keys.shape[1]
         row_bytes = tensors.keys.shape[3] * tensors.keys.element_size()
@@ -250,6 +267,8 @@ class Attached:
         read_bytes = kv_heads * float(method.read_bytes(cached, read, group, row_bytes).sum())
         dense_bytes = float(2 * kv_heads * row_bytes * cached.sum())
         self._tallies[layer].add_rows(cached, read, read_bytes, dense_bytes)
+        if answer.kept is not None:
+            self._tallies[layer].kept.add(answer.kept.transpose(1, 2)[found.active])
 
     def _note(self, layer: int, found: SparseRows, indices: Tensor | None, rows: int) -> None:
         if self._trace is None or indices is None:
@@ -257,22 +276,6 @@ class Attached:
         shown = torch.full((*indices.shape[:2], rows, indices.shape[3]), -1, device=indices.device)
         shown[:, :, found.start :] = torch.where(found.active[:, None, :, None], indices, -1)
         self._trace[-1][layer] = shown
-
-    def _watch_generate(self) -> None:
-        """Let ``generate`` say how long the cache will become, where this transformers version can tell."""
-        original = getattr(self._model, "_prepare_cache_for_generation", None)
-        if original is None:
-            return
-
-        def prepare(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            known = inspect.signature(original).bind(*args, **kwargs).arguments
-            cache = known.get("model_kwargs", {}).get("past_key_values")
-            if isinstance(cache, Cache):
-                own_layers(cache, text_config(self._model).num_hidden_layers, known.get("max_cache_length", 0))
-            return result
-
-        self._model.__dict__["_prepare_cache_for_generation"] = prepare
 
     def _warn_if_too_long(self, tokens: int) -> None:
         calibrated = self._settings.calibrated_length

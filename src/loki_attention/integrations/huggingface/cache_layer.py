@@ -1,6 +1,6 @@
 """``LayerCache`` in the clothes of a transformers cache layer, and the swap of a cache's layers for ours, in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -81,21 +81,27 @@ class PreallocatedLayer(DynamicLayer):
         self.__dict__.update(keys=self.store.keys, values=self.store.values)
 
 
-def own_layers(cache: Cache, depth: int, capacity: int = 0) -> None:
-    """Make every plain layer of ``cache`` one of ours, in place; ``capacity`` tokens are reserved.
+def own_layers(cache: Cache, wanted: Collection[int], capacity: int = 0) -> None:
+    """Make the ``wanted`` layers of ``cache`` ours, in place; ``capacity`` tokens are reserved. Others stay theirs.
 
     Only a ``DynamicCache`` that keeps its layers on the device can carry twins; others raise ``ModelError``.
     """
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         kind = f"an offloaded {type(cache).__name__}" if isinstance(cache, DynamicCache) else type(cache).__name__
         raise ModelError(f"{kind} cannot carry low-rank keys; pass a DynamicCache, or none")
-    while len(cache.layers) < depth and cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers.append(PreallocatedLayer(capacity))
-    for i, layer in enumerate(cache.layers):
+    while len(cache.layers) <= max(wanted) and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.append(DynamicLayer())
+    for i in wanted:
+        layer = cache.layers[i] if i < len(cache.layers) else None
         if type(layer) is DynamicLayer:
             cache.layers[i] = PreallocatedLayer.adopt(layer, capacity)
         elif isinstance(layer, PreallocatedLayer):
             layer.store.wanted_capacity = max(layer.store.wanted_capacity, capacity)
+        else:
+            raise ModelError(
+                f"layer {i} has full attention, the cache keeps it as {type(layer).__name__}; pass a cache made for "
+                "this model: DynamicCache(config=model.config)"
+            )
 
 
 def store_of(cache: Cache | None, layer: int) -> LayerCache | None:

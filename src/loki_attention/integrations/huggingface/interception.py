@@ -15,8 +15,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from loki_attention.core.attention import Softmax
 from loki_attention.errors import ModelError
-from loki_attention.integrations.huggingface.families import IMPLEMENTATIONS
+from loki_attention.integrations.huggingface.families import family_of
 
 _PREFIX = "loki_"
 
@@ -39,11 +40,13 @@ class Redirection:
     def __init__(self, model: PreTrainedModel, modules: Mapping[int, nn.Module], handler: Attention) -> None:
         if any(module in _HANDLERS for module in modules.values()):
             raise ModelError("something is attached to this model already; detach it first")
-        original = model.config._attn_implementation.removeprefix(_PREFIX)
-        if original not in IMPLEMENTATIONS:
+        original, usable = model.config._attn_implementation.removeprefix(_PREFIX), family_of(model).implementations
+        if original not in usable:
             raise ModelError(
-                f"this model uses attn_implementation={original!r}; load it with one of {', '.join(IMPLEMENTATIONS)}"
+                f"this model uses attn_implementation={original!r}; load it with one of {', '.join(usable)}"
             )
+        if original == "eager" and getattr(model.config, "reorder_and_upcast_attn", False):
+            raise ModelError("eager attention with reorder_and_upcast_attn=True is not supported; load it with sdpa")
         self._model, self._modules = model, modules
         self.original = original
         for module in modules.values():
@@ -62,6 +65,11 @@ def original_attention(module: nn.Module, original: str) -> Attention:
     """The dense attention that ``module`` would have used."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
+
+
+def softmax_of(arguments: Mapping[str, Any]) -> Softmax:
+    """What the model adds to the softmax, by the keyword arguments of its attention function."""
+    return Softmax(arguments.get("softcap"), arguments.get("s_aux"))
 
 
 def _register(original: str) -> str:

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from loki_attention.cache import LayerCache
+from loki_attention.integrations.huggingface.monitor import MonitorReport
 from loki_attention.kernels.ops import Backend
 
 
@@ -22,6 +24,7 @@ class Tally:
     tokens_cached: int = 0
     bytes_read: float = 0.0
     bytes_dense: float = 0.0
+    kept: "KeptMass" = field(default_factory=lambda: KeptMass())
 
     def add_rows(self, cached: Tensor, read: Tensor, read_bytes: float, dense_bytes: float) -> None:
         """Count one sparse step: ``cached`` and ``read`` hold one entry a sparse row."""
@@ -31,6 +34,28 @@ class Tally:
         self.tokens_read += int(read.sum())
         self.bytes_read += read_bytes
         self.bytes_dense += dense_bytes
+
+
+class KeptMass:
+    """The tail's estimates of the attention mass kept, summed where they lie: reading them would wait for a device."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count: Tensor | int = 0
+        self._worst: Tensor | float = torch.inf
+
+    def add(self, kept: Tensor) -> None:
+        """Count estimates of any shape; what is not a number has no estimate."""
+        known = kept.isnan().logical_not()
+        self._sum = self._sum + kept.nansum(dtype=torch.float64)
+        self._count = self._count + known.sum()
+        worst = torch.where(known, kept, torch.inf).amin().double()
+        self._worst = worst if isinstance(self._worst, float) else torch.minimum(self._worst, worst)
+
+    def read(self) -> tuple[float, float] | None:
+        """Mean and worst, None without any estimate."""
+        count = int(self._count)
+        return (float(self._sum) / count, float(self._worst)) if count else None
 
 
 class Memory(NamedTuple):
@@ -60,7 +85,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """One layer: whether it may be sparse, why not, and its counts."""
+    """One layer: whether it may be sparse, why not, its counts, and the tail's estimates of the mass kept."""
 
     layer: int
     sparse: bool
@@ -72,13 +97,27 @@ class LayerReport:
     tokens_cached: int
     bytes_read: float
     bytes_dense: float
+    mean_mass: float | None
+    worst_mass: float | None
+
+    @classmethod
+    def of(cls, layer: int, tally: Tally, *, sparse: bool, reason: str) -> "LayerReport":
+        """A snapshot of a layer's tally."""
+        mean, worst = tally.kept.read() or (None, None)
+        counts = {name: getattr(tally, name) for name in Tally.__slots__ if name not in ("kept", "dense_steps")}
+        steps = dict(tally.dense_steps)
+        return cls(
+            layer=layer, sparse=sparse, reason=reason, dense_steps=steps, mean_mass=mean, worst_mass=worst, **counts
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """A snapshot of an attached model's work. ``bytes_*`` of reading cover sparse rows only, beside dense ones' need.
 
-    ``memory`` is that of the cache of the last forward; ``peak_bytes`` the most that any forward's cache held.
+    ``other_layers`` have no full attention and are left alone, each with its kind. ``monitor`` is None before its first
+    check. ``memory`` is that of the cache of the last forward; ``peak_bytes`` the most that any forward's cache held. Of
+    a tensor-parallel model all of it is this process's: its own heads.
     """
 
     method: str
@@ -87,6 +126,8 @@ class Report:
     tail: str
     backend: Backend
     layers: tuple[LayerReport, ...]
+    other_layers: Mapping[int, str]
+    monitor: MonitorReport | None
     memory: Memory
     peak_bytes: int
 
@@ -116,6 +157,7 @@ class Report:
         fields = asdict(self)
         return fields | {
             "backend": self.backend._asdict(),
+            "monitor": None if self.monitor is None else self.monitor.to_dict(),
             "memory": self.memory._asdict(),
             "read_fraction": self.read_fraction,
         }
@@ -124,14 +166,21 @@ class Report:
         lines = [
             f"{self.method}, {self.budget}, planes {self.planes or '-'}, tail {self.tail}",
             f"backend {self.backend.name}: {self.backend.reason}",
-            f"{'layer':>5}  {'mode':<6}  {'sparse steps':>12}  {'tokens read':>12}  {'bytes read':>10}  dense steps",
+            f"{'layer':>5}  {'mode':<6}  {'sparse steps':>12}  {'tokens read':>12}  {'bytes read':>10}  {'mass kept':>9}"
+            "  dense steps",
         ]
         for layer in self.layers:
             tokens = f"{layer.tokens_read / layer.tokens_cached:.1%}" if layer.tokens_cached else "-"
             read = f"{layer.bytes_read / layer.bytes_dense:.1%}" if layer.bytes_dense else "-"
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(layer.dense_steps.items()))
             mode = "sparse" if layer.sparse else "dense"
-            lines.append(f"{layer.layer:>5}  {mode:<6}  {layer.sparse_steps:>12}  {tokens:>12}  {read:>10}  {reasons}")
+            mass = "-" if layer.mean_mass is None else f"{layer.mean_mass:.1%}"
+            lines.append(
+                f"{layer.layer:>5}  {mode:<6}  {layer.sparse_steps:>12}  {tokens:>12}  {read:>10}  {mass:>9}  {reasons}"
+            )
+        lines += [f"{layer:>5}  left alone: {kind}" for layer, kind in sorted(self.other_layers.items())]
+        if self.monitor is not None:
+            lines.append(str(self.monitor))
         memory = self.memory
         lines.append(
             f"memory: K/V {_mib(memory.cache)}, twins {_mib(memory.twins)}, tail {_mib(memory.sums)}, peak "

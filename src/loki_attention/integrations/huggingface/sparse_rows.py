@@ -9,13 +9,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loki_attention.cache import LayerCache
+from loki_attention.core.attention import Softmax
 from loki_attention.core.shapes import PackedKeys
 from loki_attention.core.tail import TailSums
 from loki_attention.integrations.huggingface.masks import check_nested, own_slots, rows_of
 from loki_attention.kernels import torch_backend
 from loki_attention.kernels.ops import rows_at_once
 from loki_attention.kernels.rows import Rows
-from loki_attention.methods import LayerView, Method, Step
+from loki_attention.methods import Answer, LayerView, Method, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Tensors(NamedTuple):
     mask: Tensor | None
     scale: float
     store: LayerCache | None
+    softmax: Softmax
 
 
 def find_sparse_rows(tensors: Tensors, method: Method, rule: RowRule | None, dense_below: int) -> SparseRows | str:
@@ -76,25 +78,28 @@ def find_sparse_rows(tensors: Tensors, method: Method, rule: RowRule | None, den
     return SparseRows(start, rows.chunk(start, count), k[:, start:], wanted[:, start:])
 
 
-def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows) -> tuple[Tensor, Tensor | None]:
-    """Attention output (B, H, T', D) of the rows from ``found.start`` on and their slots (B, sets, T', K)."""
+def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows) -> Answer:
+    """The method's answer for the rows from ``found.start`` on."""
     query = tensors.query[:, :, found.start :]
     batch, heads, count, dim = query.shape
     layer = view_of(tensors, method)
     widest = int(found.k.max())
     at_once = rows_at_once(batch * heads, tensors.keys.shape[2], widest, dim)
-    outputs, indices = [], []
+    outputs, indices, kept = [], [], []
     for start in range(0, count, at_once):
         part = slice(start, min(start + at_once, count))
         rows = found.rows.chunk(part.start, part.stop)
         encoded = method.encode(query[:, :, part], tensors.scale)
-        step = Step(query[:, :, part], layer, rows, found.k[:, part], tensors.scale, encoded)
+        step = Step(query[:, :, part], layer, rows, found.k[:, part], tensors.scale, encoded, tensors.softmax)
         answer = method.attend(step)
         outputs.append(answer.output)
+        if answer.kept is not None:
+            kept.append(answer.kept)
         if answer.indices is not None:
             missing = widest - answer.indices.shape[-1]
             indices.append(torch.nn.functional.pad(answer.indices, (0, missing), value=-1))
-    return torch.cat(outputs, dim=2), torch.cat(indices, dim=2) if indices else None
+    masses, slots = (torch.cat(parts, dim=2) if parts else None for parts in (kept, indices))
+    return Answer(torch.cat(outputs, dim=2), slots, masses)
 
 
 def view_of(tensors: Tensors, method: Method) -> LayerView:

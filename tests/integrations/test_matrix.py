@@ -1,0 +1,128 @@
+"""Families x ways of generating: dense at full budget, exactly the method at a small one, and sound caches after all."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from cache_checks import check_twins_and_sums
+from generate_operations import OPERATIONS, Generated
+from loki_attention import Attached, Budget, KeyBasis, LokiWarning, attach
+from loki_attention.core.tail import TAILS
+from loki_attention.integrations.huggingface.families import FAMILIES
+from models import BUDGET, tiny_basis, tiny_model
+from replay import replayed
+
+SPARSE_LAYERS = (1, 2)
+EAGER = [family for family, needs in FAMILIES.items() if needs.implementations == ("eager",)]
+PADDED = ("left padding", "second turn")
+ROTATION = list(OPERATIONS)[1:]
+
+
+def in_default_run(family: str, operation: str) -> bool:
+    """All of llama, and of every other family greedy decoding and one operation in turn."""
+    turn = ROTATION[list(FAMILIES).index(family) % len(ROTATION)]
+    return family == "llama" or operation in ("greedy", turn)
+
+
+CELLS = [
+    pytest.param(family, operation, marks=[] if in_default_run(family, operation) else [pytest.mark.slow])
+    for family in FAMILIES
+    for operation in OPERATIONS
+]
+
+
+class Cell:
+    """A family's tiny model and what is compared. transformers' eager attention has no left padding in float64."""
+
+    def __init__(self, family: str, operation: str) -> None:
+        single = family in EAGER and operation in PADDED
+        self.dtype = torch.float32 if single else torch.float64
+        self.tolerance = 2e-3 if single else 1e-5 if family in EAGER else 1e-8
+        self.model: PreTrainedModel = tiny_model(family, dtype=self.dtype)
+        self.basis: KeyBasis = tiny_basis(family)
+        self._run: Callable[..., Generated] = OPERATIONS[operation]
+
+    def run(self, cache: DynamicCache | None = None) -> Generated:
+        return self._run(self.model, self.new_cache() if cache is None else cache)
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    def assert_same(self, ours: Generated, theirs: Generated) -> None:
+        assert torch.equal(ours.sequences, theirs.sequences)
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=self.tolerance)
+
+
+@pytest.mark.parametrize(("family", "operation"), CELLS)
+def test_cell(family: str, operation: str) -> None:
+    cell = Cell(family, operation)
+    dense = cell.run()
+    if operation == "greedy":
+        assert min(len(set(row[-24:].tolist())) for row in dense.sequences) >= 8, "the model repeats itself"
+    with (
+        pytest.warns(LokiWarning, match="every step stayed dense"),
+        attach(cell.model, cell.basis, budget=Budget(tokens=500)),
+    ):
+        cell.assert_same(cell.run(), dense)
+    for tail in TAILS:
+        cache = cell.new_cache()
+        with attach(cell.model, cell.basis, budget=BUDGET, tail=tail) as handle:
+            with handle.trace() as trace:
+                ours = cell.run(cache)
+            check_layers(handle)
+            if operation == "beams":
+                assert_score_is_the_sequences_own(cell, ours)
+            if tail == "none":
+                assert_unread_rows_do_not_matter(cell, handle, cache, ours.mask)
+        encoders = {layer: cell.basis.encoder(layer) for layer in SPARSE_LAYERS}
+        with replayed(cell.model, trace, encoders, BUDGET, tail):
+            cell.assert_same(ours, cell.run())
+        if tail == "linear":
+            check_twins_and_sums(cache, set(SPARSE_LAYERS), cell.tolerance)
+    assert (ours.logits - dense.logits).abs().max() > 1e-3, "nothing was sparse"
+
+
+def check_layers(handle: Attached) -> None:
+    report = handle.report()
+    assert report.sparse_layers == SPARSE_LAYERS
+    assert all(report.layers[i].sparse_steps > 4 for i in range(-2, 0))
+    assert set(report.other_layers) | {layer.layer for layer in report.layers} == {0, 1, 2}
+
+
+@torch.inference_mode()
+def assert_score_is_the_sequences_own(cell: Cell, ours: Generated) -> None:
+    """A beam's score is the mean log-probability of its tokens when its sequence is decoded alone."""
+    assert ours.scores is not None
+    for b, sequence in enumerate(ours.sequences):
+        cache, total, new = cell.new_cache(), 0.0, ours.logits.shape[0]
+        prompt = sequence[None, :-new]
+        logits = cell.model(prompt, past_key_values=cache).logits[:, -1]
+        for token in sequence[-new:]:
+            total += float(logits.double().log_softmax(-1)[0, token])
+            logits = cell.model(token.reshape(1, 1), past_key_values=cache).logits[:, -1]
+        assert float(ours.scores[b]) == pytest.approx(total / new, abs=1e-5)
+
+
+@torch.inference_mode()
+def assert_unread_rows_do_not_matter(cell: Cell, handle: Attached, cache: DynamicCache, mask: Tensor) -> None:
+    """NaN in every K/V row that a further step leaves out, in a copy of the cache, changes nothing."""
+    clean, poisoned = copy.deepcopy(cache), copy.deepcopy(cache)
+    token = torch.full((len(mask), 1), 5)
+    step = {"attention_mask": torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)}
+    with handle.trace() as trace:
+        expected = cell.model(token, past_key_values=clean, **step).logits
+    assert set(trace[0]) == set(SPARSE_LAYERS)
+    for layer, chosen in trace[0].items():
+        store = poisoned.layers[layer].store
+        read = torch.zeros(*store.keys.shape[:2], store.length + 2, dtype=torch.bool)
+        read.scatter_(2, chosen[:, :, 0].where(chosen[:, :, 0] >= 0, store.length + 1), True)
+        unread = ~read[..., : store.length]
+        assert bool(unread.any())
+        for buffer in (store.keys, store.values):
+            buffer[unread] = float("nan")
+    again = cell.model(token, past_key_values=poisoned, **step).logits
+    assert torch.equal(again, expected)
