@@ -19,7 +19,12 @@ from loki_attention.errors import ArgumentError, LokiWarning, ModelError
 from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
 from loki_attention.integrations.huggingface.families import attention_modules, decoder_of, text_config
 from loki_attention.integrations.huggingface.generate_watch import GenerateWatch
-from loki_attention.integrations.huggingface.interception import Redirection, original_attention, softmax_of
+from loki_attention.integrations.huggingface.interception import (
+    WEIGHTS_WANTED,
+    Redirection,
+    original_attention,
+    softmax_of,
+)
 from loki_attention.integrations.huggingface.monitor import Monitor, MonitorSettings
 from loki_attention.integrations.huggingface.parallel import local_heads
 from loki_attention.integrations.huggingface.report import LayerReport, Memory, Report, Tally
@@ -77,9 +82,8 @@ class Attached:
         sparse = sorted(layer for layer, plan in plans.items() if plan.method is not None)
         self._monitor = Monitor(settings.monitor, sparse) if settings.monitor is not None and sparse else None
         self._methods: dict[tuple[int, torch.device, torch.dtype], Method] = {}
-        # Compiled models run their graphs up to here, and go on after.
         outside = torch.compiler.disable
-        self._redirection: Redirection | None = Redirection(model, attention_modules(model), outside(self._attention))
+        self._redirection: Redirection | None = Redirection(model, attention_modules(model), self._attention)
         decoder = decoder_of(model)
         self._hooks = [
             decoder.register_forward_pre_hook(outside(self._before_forward), with_kwargs=True),
@@ -179,8 +183,8 @@ class Attached:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         config = text_config(self._model)
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if kwargs.get("output_attentions", config.output_attentions):
-            raise ModelError("output_attentions=True needs every attention weight; detach to get them")
+        if kwargs.get("output_attentions"):
+            raise ModelError(WEIGHTS_WANTED)
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._model.parameters()):
             raise ModelError(
                 "an attached model has no gradients; call it under torch.inference_mode() (generate does), or detach to train"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -32,6 +33,8 @@ class PreallocatedLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    # Lengths change at every call: within a graph each would be a reason to compile anew.
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:

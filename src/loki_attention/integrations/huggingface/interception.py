@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -19,6 +20,7 @@ from loki_attention.core.attention import Softmax
 from loki_attention.errors import ModelError
 from loki_attention.integrations.huggingface.families import family_of
 
+WEIGHTS_WANTED = "output_attentions=True needs every attention weight; set it to False, or detach to get them"
 _PREFIX = "loki_"
 
 
@@ -45,6 +47,8 @@ class Redirection:
             raise ModelError(
                 f"this model uses attn_implementation={original!r}; load it with one of {', '.join(usable)}"
             )
+        if model.config.output_attentions:
+            raise ModelError(WEIGHTS_WANTED)
         if original == "eager" and getattr(model.config, "reorder_and_upcast_attn", False):
             raise ModelError("eager attention with reorder_and_upcast_attn=True is not supported; load it with sdpa")
         self._model, self._modules = model, modules
@@ -75,7 +79,8 @@ def softmax_of(arguments: Mapping[str, Any]) -> Softmax:
 def _register(original: str) -> str:
     name = _PREFIX + original
     if name not in ALL_ATTENTION_FUNCTIONS:
-
+        # A compiled model runs its graphs up to here and goes on after: which handler is asked may change between calls.
+        @torch.compiler.disable
         def redirected(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             handler = _HANDLERS.get(module) or original_attention(module, original)
             return handler(module, *args, **kwargs)
