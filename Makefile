@@ -3,11 +3,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Two test processes with one thread each beat one process with two: the suite is many small operations.
 WORKERS ?= 2
+# The lowest versions that pyproject.toml allows. With pip's own index torch 2.11 comes with CUDA, 5 GB in all.
+OLDEST ?= torch==2.11.0 transformers==5.17.0
 # WikiText-2 in its raw form, for the tables of record.
 TEST_TEXT ?=
 TRAIN_TEXT ?=
 
 VENV := .venv
+OLDEST_VENV := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
@@ -16,7 +19,7 @@ STAMP := $(VENV)/.stamp
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench docs clean
+.PHONY: help demo test test-all test-oldest fuzz lint bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,10 +36,23 @@ demo: $(STAMP) ## calibrate the bundled model and ask it a question, dense and s
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/loki demo -o demo-output
 
 test: $(STAMP) ## the default tests
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not fuzz" -n $(WORKERS)
 
-test-all: $(STAMP) ## the slow tests, which `make test` leaves out
+test-all: $(STAMP) ## the slow tests, which `make test` leaves out, and those of test-oldest
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS)
+	$(MAKE) test-oldest
+
+test-oldest: $(OLDEST_VENV)/.stamp ## the integration tests on the lowest supported versions of torch and transformers
+	$(OFFLINE) OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/pytest -m "not slow" -n $(WORKERS) tests/integrations
+
+$(OLDEST_VENV)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+fuzz: $(STAMP) ## thousands of random cases (minutes)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -m fuzz -n $(WORKERS)
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
@@ -55,5 +71,5 @@ docs: $(STAMP) ## run the examples and check the links of README.md, CONTRIBUTIN
 	$(OFFLINE) $(BIN)/pytest tests/test_docs.py
 
 clean: ## remove .venv, caches and outputs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist demo-output *.partial
+	rm -rf $(VENV) $(OLDEST_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist demo-output *.partial
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -43,6 +43,9 @@ FAMILY_SETTINGS: dict[str, dict[str, object]] = {
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "stablelm": {"rope_parameters": HALF_ROTARY},
 }
+SCALES = {"gpt_neox": (12.0, 30.0)}
+"""How far weights of attention and feed-forward layers are scaled, where others than (6, 10) give more variety."""
+SEEDS = {"gemma3_text": 1}
 NO_SHARED_KEYS = ("gpt2", "gpt_neox", "opt")
 VOCABULARY = 211
 BUDGET = Budget(tokens=24, sinks=2, recent=4)
@@ -73,13 +76,14 @@ def tiny_model(
     )
     # Mixtures of experts: the grouped kernel takes no float64.
     config._experts_implementation = "eager"
-    torch.manual_seed(seed)
+    torch.manual_seed(SEEDS.get(family, seed))
+    attention, feed_forward = SCALES.get(family, (6.0, 10.0))
     implementation = FAMILIES[family].implementations[0]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=implementation).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
-                weight.mul_(6.0 if "attn" in name or "attention" in name else 10.0 if "mlp" in name else 16.0)
+                weight.mul_(attention if "att" in name else feed_forward if "mlp" in name else 16.0)
     return model.to(dtype)
 
 
@@ -93,12 +97,17 @@ def tiny_basis(
     seed: int = 0,
 ) -> KeyBasis:
     """The basis of a tiny model from a few random windows."""
-    model = tiny_model(family, layout, seed=seed)
+    return basis_of(tiny_model(family, layout, seed=seed), candidate=candidate, tail=tail, planes=planes, seed=seed)
+
+
+def basis_of(
+    model: PreTrainedModel, *, candidate: str = "balanced", tail: str = "linear", planes: str = "8@4", seed: int = 0
+) -> KeyBasis:
+    """The basis of any small model from a few random windows."""
     moments = collect(model, random_ids(6, 256, seed=seed + 1).split(1), Checkpoint(None, ""))
-    layers = {i: build(candidate, m) for i, m in moments.items()}
     return KeyBasis(
         spec=ModelSpec.of(model),
-        layers=layers,
+        layers={i: build(candidate, m) for i, m in moments.items()},
         planes=Planes.parse(planes),
         budget=BUDGET,
         tail=tail,

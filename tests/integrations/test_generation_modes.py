@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, QuantizedCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, QuantizedCache, StaticCache
 
 from cache_checks import check_twins_and_sums
 from loki_attention import Budget, LokiError, LokiWarning, attach
@@ -159,7 +159,11 @@ def test_attention_weights_are_refused() -> None:
 def test_caches_that_cannot_carry_twins_are_refused() -> None:
     model = tiny_model()
     with attach(model, tiny_basis(), method="dense"):
-        for cache in (QuantizedCache.__new__(QuantizedCache), DynamicCache(config=model.config, offloading=True)):
+        offloaded = DynamicCache(config=model.config)
+        # A CUDA build without a driver cannot even make one.
+        offloaded.offloading = True
+        static = StaticCache(config=model.config, max_cache_len=32)
+        for cache in (QuantizedCache.__new__(QuantizedCache), offloaded, static):
             with pytest.raises(LokiError, match="cannot carry low-rank keys; pass a DynamicCache"):
                 model(random_ids(1, 10), past_key_values=cache)
         mixed = DynamicCache(config=tiny_model("gemma3_text").config)

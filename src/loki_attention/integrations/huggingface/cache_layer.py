@@ -50,9 +50,10 @@ class PreallocatedLayer(DynamicLayer):
         """Tokens cached."""
         return self.store.length
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; a positive count is the length to keep (older transformers)."""
-        keep = tokens_to_remove if tokens_to_remove > 0 else self.store.length + tokens_to_remove
+        count = int(tokens_to_remove)
+        keep = count if count > 0 else self.store.length + count
         if keep < self.store.length:
             self.store.crop(max(keep, 0))
             self._show()
