@@ -19,12 +19,12 @@ STAMP := $(VENV)/.stamp
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest fuzz lint bench docs clean
+.PHONY: help demo test test-all test-oldest fuzz sanitize lint bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'loki-attention needs Python 3.11 or newer; $(PYTHON) is older or missing. Name another: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -45,14 +45,24 @@ test-all: $(STAMP) ## the slow tests, which `make test` leaves out, and those of
 test-oldest: $(OLDEST_VENV)/.stamp ## the integration tests on the lowest supported versions of torch and transformers
 	$(OFFLINE) OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/pytest -m "not slow" -n $(WORKERS) tests/integrations
 
-$(OLDEST_VENV)/.stamp: pyproject.toml
+$(OLDEST_VENV)/.stamp: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-fuzz: $(STAMP) ## thousands of random cases (minutes)
+fuzz: $(STAMP) ## thousands of random cases: cache operations, and steps of the native kernels (an hour)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -m fuzz -n $(WORKERS)
+	PYTHONPATH=tests $(BIN)/python tests/native_fuzz.py 10000
+
+sanitize: $(STAMP) ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (a few minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja nanobind
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DLOKI_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/sanitize
+	$(OFFLINE) OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=tests \
+		LOKI_SANITIZED=$(abspath build/sanitize) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		$(BIN)/python -m pytest -p sanitized tests/kernels -k native
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
