@@ -89,8 +89,8 @@ struct Attention {
     }
 };
 
-// packed address and strides; k address, sinks, recent; indices address and width, log-mass address.
-using Selection = std::array<int64_t, 9>;
+// packed address and strides; k address, sinks, recent; indices address and width, addresses of log-mass and mass kept.
+using Selection = std::array<int64_t, 10>;
 
 void set_selection(Step& step, const Encoder& encoder, const Selection& s) {
     step.encoder = &encoder;
@@ -100,6 +100,7 @@ void set_selection(Step& step, const Encoder& encoder, const Selection& s) {
     step.indices = at<int32_t>(s[6]);
     step.indices_width = s[7];
     step.log_mass = at<float>(s[8]);
+    step.kept = at<float>(s[9]);
 }
 
 void check_width(const Step& step, const Plan& plan) {
@@ -198,14 +199,14 @@ public:
         runner(threads).dense(a.step, plan);
     }
 
-    uint64_t gather(int threads, const Attention& a, std::array<int64_t, 4> indices) const {
+    uint64_t gather(int threads, const Attention& a, std::array<int64_t, 4> indices, int64_t ahead) const {
         std::vector<int32_t> slots, counts;
         narrow(indices, static_cast<int64_t>(a.step.batch) * a.step.kv_heads, slots, counts);
-        return runner(threads).gather(a.step, slots.data(), indices[2], counts.data());
+        return runner(threads).gather(a.step, slots.data(), indices[2], counts.data(), std::max<int64_t>(0, ahead));
     }
 
-    uint64_t stream(int threads, int64_t address, int64_t bytes) const {
-        return runner(threads).stream(at<const char>(address), bytes);
+    uint64_t stream(int threads, int64_t address, int64_t bytes, int64_t ahead) const {
+        return runner(threads).stream(at<const char>(address), bytes, std::max<int64_t>(0, ahead));
     }
 
 private:

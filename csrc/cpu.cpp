@@ -1,15 +1,26 @@
 #include "cpu.hpp"
 
 #include <stdexcept>
+#ifdef LOKI_X86
+#include <cpuid.h>
+#endif
 
 namespace loki {
 namespace {
 
 #ifdef LOKI_X86
 // __builtin_cpu_supports asks the processor and whether the operating system saves the registers.
+// But older clangs do not know these two by name.
+bool has_bit_of_ecx(unsigned leaf, unsigned bit) {
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(leaf, &a, &b, &c, &d) && (c >> bit & 1);
+}
+bool has_f16c() { return has_bit_of_ecx(1, 29); }
+bool has_lzcnt() { return has_bit_of_ecx(0x80000001u, 5); }
+
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && has_lzcnt() &&
            __builtin_cpu_supports("popcnt");
 }
 
@@ -55,7 +66,7 @@ std::vector<std::string> features() {
     if (__builtin_cpu_supports(NAME)) names.emplace_back(NAME)
     LOKI_FEATURE("avx2");
     LOKI_FEATURE("fma");
-    LOKI_FEATURE("f16c");
+    if (has_f16c()) names.emplace_back("f16c");
     LOKI_FEATURE("bmi2");
     LOKI_FEATURE("avx512f");
     LOKI_FEATURE("avx512bw");

@@ -35,6 +35,17 @@ inline void store_output(Type type, char* out, int d, int left, V value) {
     memcpy(out + 2 * d, room, static_cast<size_t>(left) * 2);
 }
 
+// What the selected slots hold of the attention mass by the tail's estimate, learned sinks left out; NaN without a tail.
+inline float kept_share(const State* parts, int count, int g, float tail) {
+    if (!(tail > LOWEST)) return NAN;
+    // A maximum of its own: below a large sink both masses would vanish.
+    float top = tail, selected = 0.0f;
+    for (int p = 0; p < count; p++) top = parts[p].maximum[g] > top ? parts[p].maximum[g] : top;
+    for (int p = 0; p < count; p++)
+        if (parts[p].maximum[g] > LOWEST) selected += parts[p].sum[g] * exp2f(parts[p].maximum[g] - top);
+    return selected / (selected + exp2f(tail - top));
+}
+
 // Merges by log-sum-exp and writes the output rows. Where nothing is attended the output is 0.
 void finish(const Step& step, int batch, int head, const Scratch& s, const State* parts, int count, bool with_tail) {
     const int dim = step.dim, width = static_cast<int>(up(dim, 32));
@@ -42,6 +53,7 @@ void finish(const Step& step, int batch, int head, const Scratch& s, const State
     for (int g = 0; g < step.group; g++) {
         float tail = with_tail ? s.tail_mass[g] * LOG2_E : LOWEST;
         float sink = step.sinks ? step.sinks[head * step.group + g] * LOG2_E : LOWEST;
+        if (step.kept) step.kept[first + g] = kept_share(parts, count, g, tail);
         float top = tail > sink ? tail : sink;
         for (int p = 0; p < count; p++) top = parts[p].maximum[g] > top ? parts[p].maximum[g] : top;
         float tail_weight = tail > LOWEST ? exp2f(tail - top) : 0.0f;

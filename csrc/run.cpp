@@ -274,21 +274,25 @@ void Runner::absorb(const Absorption& work, int batch) const {
     parallel(batch * work.heads, threads, one);
 }
 
-uint64_t Runner::gather(const Step& step, const int32_t* slots, int64_t width, const int32_t* counts) const {
+uint64_t Runner::gather(const Step& step, const int32_t* slots, int64_t width, const int32_t* counts,
+                        int64_t ahead) const {
     std::atomic<uint64_t> all{0};
-    auto one = [&](int i, int) {
-        Item item = item_of(step, i);
-        all ^= kernels->gather(step, item.batch, item.head, slots + i * width, counts[i]);
+    const int items = step.batch * step.kv_heads, parts = parts_of(items, threads);
+    auto one = [&](int task, int) {
+        const int i = task / parts;
+        const Item item = item_of(step, i);
+        const Cut range = cut(counts[i], task % parts, parts, SPLIT_AT);
+        all ^= kernels->gather(step, item.batch, item.head, slots + i * width, range.begin, range.end, ahead);
     };
-    parallel(step.batch * step.kv_heads, threads, one);
+    parallel(items * parts, threads, one);
     return all;
 }
 
-uint64_t Runner::stream(const char* data, int64_t bytes) const {
+uint64_t Runner::stream(const char* data, int64_t bytes, int64_t ahead) const {
     std::atomic<uint64_t> all{0};
     auto one = [&](int part, int) {
         Cut range = loki::cut(bytes, part, threads, 4096);
-        all ^= kernels->stream(data + range.begin, range.end - range.begin);
+        all ^= kernels->stream(data + range.begin, range.end - range.begin, ahead);
     };
     parallel(threads, threads, one);
     return all;

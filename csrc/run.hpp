@@ -21,8 +21,9 @@ struct Runner {
     void dense(Step step, const Plan& plan) const;
     void encode_keys(const KeyEncoding& work, int batch) const;
     void absorb(const Absorption& work, int batch) const;
-    uint64_t gather(const Step& step, const int32_t* slots, int64_t width, const int32_t* counts) const;
-    uint64_t stream(const char* data, int64_t bytes) const;
+    // `ahead`: bytes, or tokens, between what is read and what is fetched.
+    uint64_t gather(const Step& step, const int32_t* slots, int64_t width, const int32_t* counts, int64_t ahead) const;
+    uint64_t stream(const char* data, int64_t bytes, int64_t ahead) const;
 };
 
 }  // namespace loki

@@ -75,6 +75,7 @@ struct Step {
     int32_t* indices;  // (B, Hkv, indices_width)
     int64_t indices_width;
     float* log_mass;  // (B, H)
+    float* kept;      // (B, H)
 };
 
 // Scratch of one (sequence, KV head): select writes what attend reads.
@@ -131,8 +132,8 @@ struct Kernels {
                    int64_t end, const State&, const char* next, int64_t next_bytes);
     void (*finish)(const Step&, int batch, int head, const Scratch&, const State* parts, int count, bool with_tail);
     void (*absorb)(const Absorption&, int batch, int head, float* scratch);
-    uint64_t (*stream)(const char* data, int64_t bytes);
-    uint64_t (*gather)(const Step&, int batch, int head, const int32_t* slots, int64_t count);
+    uint64_t (*stream)(const char* data, int64_t bytes, int64_t ahead);
+    uint64_t (*gather)(const Step&, int batch, int head, const int32_t* slots, int64_t begin, int64_t end, int64_t ahead);
 };
 
 extern const Kernels portable_kernels;

@@ -22,6 +22,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Not a test: loads a sanitized build where `make sanitize` says so.
+collect_ignore = ["sanitized.py"]
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

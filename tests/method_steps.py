@@ -9,6 +9,7 @@ from torch import Tensor
 from helpers import Layer, Shape, chosen_slots
 from loki_attention.cache import LayerCache
 from loki_attention.core.budget import Budget
+from loki_attention.core.encoder import Encoder
 from loki_attention.core.tail import TailSums
 from loki_attention.kernels import torch_backend
 from loki_attention.kernels.rows import Rows
@@ -28,11 +29,10 @@ def make(kind: type[Method], **changes: Any) -> Any:
 def view_of(layer: Layer, method: Method) -> LayerView:
     """The layer without a cache: twins and sums are made on the spot."""
 
-    def twins() -> Tensor:
-        assert method.encoder is not None
-        return method.encoder.encode_keys(layer.keys)
+    def twins(encoder: Encoder) -> Tensor:
+        return encoder.encode_keys(layer.keys)
 
-    def sums(rows: Rows) -> TailSums:
+    def sums(encoder: Encoder | None, rows: Rows) -> TailSums:
         leading = torch_backend.leading_dims(layer.keys, method.encoder)
         return torch_backend.sums_of_blocks(leading, layer.values, rows)
 
@@ -48,15 +48,11 @@ def cached_view_of(layer: Layer, method: Method) -> LayerView:
         if method.encoder is not None:
             store.encode(method.encoder)
 
-    def twins() -> Tensor:
-        assert method.encoder is not None
-        return store.encode(method.encoder)
-
-    def sums(rows: Rows) -> TailSums:
-        held = store.absorb(method.encoder, rows)
+    def sums(encoder: Encoder | None, rows: Rows) -> TailSums:
+        held = store.absorb(encoder, rows)
         return TailSums(held.tokens[:, None], *(tensor.unsqueeze(2) for tensor in held[1:]))
 
-    return LayerView(layer.keys, layer.values, twins, sums)
+    return LayerView(layer.keys, layer.values, store.encode, sums)
 
 
 def attend(method: Method, layer: Layer, view: LayerView | None = None, scale: float = SHAPE.scale) -> Answer:

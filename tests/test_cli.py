@@ -1,17 +1,18 @@
 """The command ``loki`` as a user meets it: help, one clear line for every mistake, JSON, and the round trip."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from command_line import CALIBRATION, error_line, run, write_model
 from loki_attention import Budget, KeyBasis, attach
-from loki_attention.cli import app, demo
+from loki_attention.cli import demo
 from loki_attention.data import haystack_text, reference_model_path, sample_texts
 from loki_attention.evaluation.answers import Answer
 from models import tiny_basis
@@ -19,52 +20,15 @@ from models import tiny_basis
 COMMANDS = {
     "demo": ["--output", "--json"],
     "calibrate": ["--text", "--output", "--length", "--planes", "--budget", "--candidate", "--tail", "--json"],
+    "info": ["--planes", "--context", "--basis", "--json"],
     "inspect": ["--plot", "--json"],
-    "generate": ["--basis", "--prompt-file", "--tokens", "--planes", "--max-new-tokens", "--json"],
+    "generate": ["--basis", "--prompt-file", "--tokens", "--planes", "--max-new-tokens", "--monitor-every", "--json"],
 }
-CALIBRATION = ["--length", "128", "--fit-tokens", "1024", "--held-out-tokens", "384", "--budget", "24"]
-CALIBRATION += ["--sinks", "2", "--recent", "4", "--minimum", "8", "--planes", "8@4", "--dtype", "float32"]
-
-
-def run(*args, **keywords):
-    return CliRunner().invoke(app, [str(arg) for arg in args], **keywords)
-
-
-def error_line(result):
-    """The one line on standard error of a command that refused its input."""
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random Llama of three layers with the bundled tokenizer, its logits wide enough to emit many tokens."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(reference_model_path())
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    made = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.dim() == 2:
-                weight.mul_(5)
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +127,15 @@ def test_a_stopped_calibration_says_that_it_goes_on(model, tmp_path, monkeypatch
         (["--text", "not/there.txt"], "not/there.txt"),
         (["--budget", "lots"], "'lots' is neither a percentage nor a token count"),
         (["--budget", "0"], "tokens must be"),
-        (["--budget", "120%"], "fraction must be"),
+        (["--budget", "120%"], "at most 100%; got '120%'"),
         (["--budget", "8", "--recent", "32"], "cannot hold"),
         (["--planes", "16@5"], "outside the grammar"),
         (["--planes", "32@4"], "head dim is 16"),
         (["--candidate", "balance"], "did you mean 'balanced'"),
         (["--tail", "long"], "tail"),
         (["--length", "100000"], "length must be"),
-        (["--dtype", "int3"], "dtype must be"),
-        (["--device", "toaster"], "cannot use device 'toaster'"),
+        (["--dtype", "int3"], "unknown dtype 'int3'"),
+        (["--device", "toaster"], "unknown device 'toaster'"),
         (["--dense-if-mass-below", "2"], "dense_if_mass_below"),
     ],
 )
@@ -191,6 +155,14 @@ def test_calibrate_keeps_away_from_a_folder_of_something_else(model, tmp_path):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     result = run("calibrate", tmp_path / "nothing", "--text", sample_texts()[0], "-o", tmp_path / "basis")
     assert "cannot load" in error_line(result)
+
+
+def test_weights_that_cannot_be_read_are_said_in_one_line(model, prompt, tmp_path):
+    shutil.copytree(model, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    line = error_line(generate(tmp_path / "broken", prompt, "--method", "dense"))
+    assert line.startswith(f"error: cannot load a model from '{tmp_path / 'broken'}': ")
 
 
 def test_inspect_shows_ranks_mass_choice_and_loss(calibrated):
@@ -269,6 +241,25 @@ def test_generate_json_holds_text_and_report(calibrated, model, prompt):
     assert said["text"]
 
 
+def test_generate_monitors_every_few_steps(calibrated, model, prompt):
+    # 12 new tokens are 11 decode steps: every second is checked, on layers 1 and 2 in turn.
+    shown = generate(model, prompt, "--basis", calibrated[0], "--monitor-every", 2)
+    said = json.loads(generate(model, prompt, "--basis", calibrated[0], "--monitor-every", 2, "--json").stdout)
+    monitor = said["report"]["monitor"]
+    assert monitor["checks"] == 5
+    assert 0 < monitor["mean_mass"] < 1
+    assert monitor["lowest_mass"]["layer"] in (1, 2)
+    (line,) = (line for line in shown.stderr.splitlines() if line.startswith("monitor: "))
+    assert line.startswith(f"monitor: 5 checks; mass kept {monitor['mean_mass']:.1%}")
+    assert (
+        "no checks, for there were fewer than 50"
+        in generate(model, prompt, "--basis", calibrated[0], "--monitor-every", 50).stderr
+    )
+    assert "monitor_every must be" in error_line(
+        generate(model, prompt, "--basis", calibrated[0], "--monitor-every", 0)
+    )
+
+
 def test_generate_reads_standard_input_and_needs_no_basis_for_streaming(model, prompt):
     options = ["--method", "streaming", "--tokens", "40"]
     piped = generate(model, "-", *options, input=prompt.read_text(encoding="utf-8"))
@@ -287,7 +278,7 @@ def test_sampling_repeats_with_its_seed(model, prompt):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "needs a basis; give --basis DIR"),
+        ([], "needs a basis, got none; give --basis DIR"),
         (["--method", "lokki"], "did you mean 'loki'"),
         (["--basis", "not/there"], "not/there"),
         (["--method", "streaming"], "budget"),
@@ -296,7 +287,7 @@ def test_sampling_repeats_with_its_seed(model, prompt):
         (["--method", "dense", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--method", "dense", "--temperature", "-1"], "temperature"),
         (["--method", "dense", "--prompt-file", "not/there.txt"], "not/there.txt"),
-        (["--method", "dense", "--device", "toaster"], "cannot use device 'toaster'"),
+        (["--method", "dense", "--device", "toaster"], "unknown device 'toaster'"),
     ],
 )
 def test_generate_refuses_in_one_line(model, prompt, options, message):

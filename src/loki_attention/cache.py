@@ -14,17 +14,20 @@ from torch import Tensor
 from loki_attention.core.encoder import Encoder
 from loki_attention.core.shapes import Keys, PackedKeys, Values
 from loki_attention.core.tail import TailSums, covered_tokens
+from loki_attention.errors import ArgumentError
+from loki_attention.kernels import native
+from loki_attention.kernels.native import NativeEncoder
 from loki_attention.kernels.rows import Rows
 from loki_attention.kernels.torch_backend import leading_dims
 
-_ENCODE_AT_ONCE = 4096
+KeyEncoder = Encoder | NativeEncoder
 
 
 @dataclass(slots=True)
 class Twins:
     """The packed low-rank keys of the first ``encoded`` slots, by one encoder."""
 
-    encoder: Encoder
+    encoder: KeyEncoder
     packed: Tensor  # (B, Hkv, capacity, bytes) uint8
     encoded: int = 0
 
@@ -33,7 +36,7 @@ class Twins:
 class Tail:
     """The tail's sums over each sequence's first ``covered`` valid tokens, and the slot ranks they were taken by."""
 
-    encoder: Encoder | None
+    encoder: KeyEncoder | None
     sums: TailSums  # tokens (B, 1), values (B, Hkv, D), encoded (B, Hkv, R1), products (B, Hkv, R1, D)
     rank: Int[Tensor, "b s"]
 
@@ -82,11 +85,20 @@ class LayerCache:
         return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in parts.items()}
 
     def append(self, keys: Keys, values: Values) -> None:
-        """Write new tokens behind the last slot; grows the buffers where they are full."""
+        """Write new tokens behind the last slot; grows the buffers where they are full.
+
+        Raises ``ArgumentError`` for tokens of another batch or another model than those held.
+        """
         new = self.length + keys.shape[2]
         if self._keys is None or self._values is None:
             room = max(new, self.wanted_capacity)
             self._keys, self._values = (_buffer_like(tensor, room) for tensor in (keys, values))
+        elif keys.shape[:2] != self._keys.shape[:2] or keys.shape[3] != self._keys.shape[3]:
+            held, given = ((b, h, d) for b, h, _, d in (self._keys.shape, keys.shape))
+            raise ArgumentError(
+                f"the cache was filled for (sequences, key heads, dims) = {held}, the model now gives {given}; pass a cache "
+                "of this model and this batch"
+            )
         elif new > self.capacity:
             room = max(new, self.wanted_capacity, self.length + self.length // 4)
             # One buffer at a time, so that growing never holds both twice.
@@ -96,25 +108,25 @@ class LayerCache:
         self._values[:, :, self.length : new] = values
         self.length = new
 
-    def encode(self, encoder: Encoder) -> PackedKeys:
-        """Bring the twins up to date and return those of all cached tokens; another encoder starts afresh."""
+    def encode(self, encoder: KeyEncoder) -> PackedKeys:
+        """Bring the twins up to date and return those of all cached tokens; another encoder starts afresh.
+
+        Tiled twins come with the whole buffer, whose tiles are not cut.
+        """
         assert self._keys is not None and self.keys is not None
         if self.twins is None or self.twins.encoder.digest != encoder.digest:
-            self.twins = Twins(encoder, self._keys.new_empty(0, dtype=torch.uint8))
+            self.twins = Twins(encoder, encoder.buffer(len(self._keys), self.capacity))
         twins = self.twins
-        if twins.packed.numel() == 0 or twins.packed.shape[2] < self.length:
-            shape = (*self._keys.shape[:2], self.capacity, encoder.planes.bytes_per_token)
-            grown = torch.empty(shape, dtype=torch.uint8, device=self._keys.device)
-            if twins.encoded:
-                grown[:, :, : twins.encoded] = twins.packed[:, :, : twins.encoded]
+        if (held := twins.packed.shape[2]) < self.length:
+            grown = encoder.buffer(len(self._keys), self.capacity)
+            grown[:, :, :held] = twins.packed
             twins.packed = grown
-        for start in range(twins.encoded, self.length, _ENCODE_AT_ONCE):
-            stop = min(start + _ENCODE_AT_ONCE, self.length)
-            twins.packed[:, :, start:stop] = encoder.encode_keys(self._keys[:, :, start:stop])
-        twins.encoded = self.length
-        return twins.packed[:, :, : self.length]
+        if twins.encoded < self.length:
+            encoder.write(self.keys, twins.packed, twins.encoded, self.length)
+            twins.encoded = self.length
+        return twins.packed if encoder.tiled else twins.packed[:, :, : self.length]
 
-    def absorb(self, encoder: Encoder | None, rows: Rows) -> TailSums:
+    def absorb(self, encoder: KeyEncoder | None, rows: Rows) -> TailSums:
         """Bring the tail's sums to the blocks that ``rows`` (one a sequence) cover, reading only what changed."""
         assert self.keys is not None and self.values is not None
         if self.tail is None or _digest(self.tail.encoder) != _digest(encoder) or not self._same_prefix(rows.rank):
@@ -154,6 +166,8 @@ class LayerCache:
         """Whether the slots that the sums were taken from still hold the same tokens of their sequence."""
         assert self.tail is not None
         known = self.tail.rank
+        if known is rank:
+            return True
         if known.shape[0] != rank.shape[0] or known.shape[1] > rank.shape[1]:
             return False
         return bool((known == rank[:, : known.shape[1]]).all())
@@ -170,11 +184,15 @@ class LayerCache:
         if not len(touched):
             return
         span = slice(int(touched[0]), int(touched[-1]) + 1)
-        added = _signed_sums(self._keys[:, :, span], self._values[:, :, span], self.tail.encoder, change[:, span])
+        keys, values, change = self._keys[:, :, span], self._values[:, :, span], change[:, span]
+        if isinstance(self.tail.encoder, NativeEncoder):
+            native.absorb(self.tail.encoder, keys, values, change.to(torch.int8), self.tail.sums)
+            return
+        added = _signed_sums(keys, values, self.tail.encoder, change)
         self.tail.sums = TailSums(*(old + new for old, new in zip(self.tail.sums, added, strict=True)))
 
 
-def _digest(encoder: Encoder | None) -> str | None:
+def _digest(encoder: KeyEncoder | None) -> str | None:
     return None if encoder is None else encoder.digest
 
 
@@ -189,7 +207,7 @@ def _signed_sums(keys: Keys, values: Values, encoder: Encoder | None, sign: Int[
     return TailSums(sign.sum(-1, keepdim=True).to(wide.dtype), weighted.sum(2), encoded_weighted.sum(2), products)
 
 
-def _no_sums(keys: Keys, encoder: Encoder | None) -> TailSums:
+def _no_sums(keys: Keys, encoder: KeyEncoder | None) -> TailSums:
     batch, heads, _, dim = keys.shape
     rank = 0 if encoder is None else encoder.tail_rank
     dtype = torch.promote_types(keys.dtype, torch.float32)

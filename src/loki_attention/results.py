@@ -97,7 +97,7 @@ def environment(command: str | None = None, *, dtype: str | None = None) -> Envi
     words = sys.argv if command is None else shlex.split(command)
     return Environment(
         command=shlex.join(_without_folders(word) for word in words),
-        hardware=_hardware(),
+        hardware=hardware(),
         threads=torch.get_num_threads(),
         dtype=dtype,
         versions={
@@ -107,6 +107,17 @@ def environment(command: str | None = None, *, dtype: str | None = None) -> Envi
         commit=_commit(),
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
+
+
+def hardware() -> str:
+    """The processor, its cores and the GPU, if any."""
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.exists() else None
+    parts = [named[1].strip() if named else cpu, f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+    return ", ".join(parts)
 
 
 def save_results(path: str | os.PathLike[str], results: Sequence[Result], environment: Environment) -> None:
@@ -246,16 +257,6 @@ def _without_folders(word: str) -> str:
         PureWindowsPath(part).name if _ABSOLUTE.match(part) and part.strip("/") else part
         for part in re.split(r"([=,])", word)
     )
-
-
-def _hardware() -> str:
-    cpu = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.exists() else None
-    parts = [named[1].strip() if named else cpu, f"{os.cpu_count()} cores"]
-    if torch.cuda.is_available():
-        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
-    return ", ".join(parts)
 
 
 def _version(name: str) -> str:

@@ -208,8 +208,8 @@ def tokenize_letters(text: str, *, add_special_tokens: bool, verbose: bool) -> d
 
 
 REFUSALS = {
-    "nothing": ({}, "exactly one of texts"),
-    "both": ({"texts": ["a"], "token_ids": [torch.zeros(1, 4)]}, "exactly one of texts"),
+    "nothing": ({}, "needs one of texts .* got neither"),
+    "both": ({"texts": ["a"], "token_ids": [torch.zeros(1, 4)]}, "needs one of texts .* got both"),
     "no tokenizer": ({"texts": ["a"]}, "need a tokenizer"),
     "empty": ({"token_ids": []}, "token_ids is empty"),
     "one window": ({"token_ids": [random_ids(1, 100)]}, "two windows"),

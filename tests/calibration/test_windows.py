@@ -59,8 +59,8 @@ def test_the_last_quarter_of_id_rows_is_held_out(count, held_out):
         ([[1] * 64, []], r"row 1 of token_ids is empty"),
         ([torch.zeros(2, 2, 64, dtype=torch.long)], r"no row of integers"),
         ([], r"token_ids is empty"),
-        ([[1] * 64], r"1 windows with 64 tokens in all are too little"),
-        ([[1] * 31, [1] * 32], r"2 windows with 63 tokens in all are too little"),
+        ([[1] * 64], r"64 tokens in 1 window are too little"),
+        ([[1] * 31, [1] * 32], r"63 tokens in 2 windows are too little"),
     ],
 )
 def test_ids_that_cannot_be_used_are_refused(token_ids, message):

@@ -41,7 +41,7 @@ def test_another_model(saved: Path, config: dict[str, Any], what: str) -> None:
 
 def test_another_architecture(saved: Path) -> None:
     other = type("OtherModel", (FakeModel,), {})()
-    with pytest.raises(MismatchError, match="architecture is FakeModel, the model's is OtherModel"):
+    with pytest.raises(MismatchError, match="architecture FakeModel where this model has OtherModel"):
         KeyBasis.load(saved, other)
 
 

@@ -137,11 +137,11 @@ def test_the_first_and_the_last_weight_are_sampled() -> None:
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ({"num_hidden_layers": 4}, "its depth is 3, the model's is 4"),
-        ({"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, r"its layers is \(0, 1, 2\)"),
-        ({"num_attention_heads": 8}, "its heads is 4, the model's is 8"),
-        ({"num_key_value_heads": 4}, "its kv heads is 2, the model's is 4"),
-        ({"head_dim": 32}, "its head dim is 16, the model's is 32"),
+        ({"num_hidden_layers": 4}, "with depth 3 where this model has 4"),
+        ({"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, r"with layers \(0, 1, 2\) where"),
+        ({"num_attention_heads": 8}, "with heads 4 where this model has 8"),
+        ({"num_key_value_heads": 4}, "with kv heads 2 where this model has 4"),
+        ({"head_dim": 32}, "with head dim 16 where this model has 32"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "other RoPE parameters"),
         ({"seed": 1}, "other weights of the same architecture"),
     ],
@@ -155,7 +155,7 @@ def test_a_mismatch_is_refused_by_name(config: dict[str, object], what: str) -> 
 
 def test_another_architecture_is_refused_by_name() -> None:
     other = type("OtherModel", (FakeModel,), {})
-    with pytest.raises(MismatchError, match="its architecture is FakeModel, the model's is OtherModel"):
+    with pytest.raises(MismatchError, match="with architecture FakeModel where this model has OtherModel"):
         spec_of().check_serves(ModelSpec.of(other()))
 
 

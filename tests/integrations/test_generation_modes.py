@@ -95,7 +95,9 @@ def test_the_last_chunk_of_a_prompt_is_no_decode_step() -> None:
     assert torch.equal(whole, chunked)
 
 
-@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model}])
+@pytest.mark.parametrize(
+    "settings", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model}, {"assistant_early_exit": 2}]
+)
 def test_assisted_decoding_equals_dense_at_full_budget(settings: dict[str, object]) -> None:
     model, ids = tiny_model(), random_ids(1, 50).repeat(1, 3)
     if "assistant_model" in settings:
@@ -164,7 +166,7 @@ def test_caches_that_cannot_carry_twins_are_refused() -> None:
         offloaded.offloading = True
         static = StaticCache(config=model.config, max_cache_len=32)
         for cache in (QuantizedCache.__new__(QuantizedCache), offloaded, static):
-            with pytest.raises(LokiError, match="cannot carry low-rank keys; pass a DynamicCache"):
+            with pytest.raises(LokiError, match="cannot carry low-rank keys; pass a plain DynamicCache"):
                 model(random_ids(1, 10), past_key_values=cache)
         mixed = DynamicCache(config=tiny_model("gemma3_text").config)
         with pytest.raises(LokiError, match="layer 0 has full attention, the cache keeps it as DynamicSlidingWindow"):

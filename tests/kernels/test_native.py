@@ -6,6 +6,7 @@ from torch import Tensor
 
 from helpers import Layer, Shape, chosen_slots, random_encoder
 from loki_attention.core import selection
+from loki_attention.core.attention import Softmax
 from loki_attention.core.encoder import Encoder
 from loki_attention.core.tail import TailSums
 from loki_attention.kernels import native, torch_backend
@@ -20,6 +21,7 @@ from native_cases import (
     isas,
     native_step,
     poisoned,
+    random_sinks,
     reference,
     slots_read,
     sums_of,
@@ -183,6 +185,28 @@ def test_the_fused_step_is_the_references(case: Case, isa: str) -> None:
             if not swapped:
                 heads = slice(kv * group, (kv + 1) * group)
                 torch.testing.assert_close(ours.output[b, heads, 0].double(), step.output[heads], rtol=1e-3, atol=1e-3)
+
+
+@isas
+@cases
+@pytest.mark.parametrize("threads", [1, 2])
+def test_mass_kept_is_the_torch_backends(case: Case, isa: str, threads: int) -> None:
+    """From the same slots and log-mass, soft-capped, sinks left out; no number where there is no tail."""
+    layer, encoder = case.layer(), case.encoder()
+    for soft_cap, sinks in ((None, None), (2.5, random_sinks(case)), (None, 200 + random_sinks(case))):
+        options = {"soft_cap": soft_cap, "learned_sinks": sinks, "threads": threads}
+        ours = native_step(case, layer, isa, wants_kept=True, **options)
+        assert ours.indices is not None and ours.log_mass is not None and ours.kept is not None
+        empty = (sums_of(layer, encoder).tokens == 0)[:, :, None] | (case.tail == "none")
+        mass = ours.log_mass.double().masked_fill(empty, -torch.inf)
+        wide = [tensor.double() for tensor in layer[:3]]
+        softmax = Softmax(softcap=soft_cap)
+        tail = (mass, torch.zeros_like(wide[0]))
+        kept = torch_backend.attend(*wide, ours.indices.long(), case.shape.scale, *tail, softmax).kept
+        assert kept is not None and ours.kept.dtype == torch.float32
+        expected = kept.masked_fill(mass == -torch.inf, torch.nan)
+        torch.testing.assert_close(ours.kept.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert native_step(case, layer, isa).kept is None
 
 
 @isas

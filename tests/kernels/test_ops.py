@@ -1,26 +1,58 @@
 """The choice of a backend, and how many rows go through at once."""
 
 import pytest
+import torch
 
 from loki_attention.errors import ArgumentError
-from loki_attention.kernels.ops import choose_backend, rows_at_once
+from loki_attention.kernels import native, native_extension
+from loki_attention.kernels.ops import Work, choose_backend, rows_at_once
 
 
-@pytest.mark.parametrize(("name", "reason"), [("torch", "asked for"), ("auto", "runs everywhere")])
-def test_torch_is_chosen_and_says_why(name: str, reason: str) -> None:
-    backend = choose_backend(name)
-    assert backend.name == "torch"
-    assert reason in backend.reason
+def work(**changes: object) -> Work:
+    return Work(torch.float32, "cpu", 64, 4)._replace(**changes)
 
 
-@pytest.mark.parametrize("name", ["native", "triton"])
-def test_a_backend_that_cannot_run_is_refused_not_replaced(name: str) -> None:
-    with pytest.raises(ArgumentError, match=f"backend '{name}' is not part of this version"):
-        choose_backend(name)
+def test_torch_is_chosen_where_asked_for() -> None:
+    assert choose_backend("torch") == ("torch", "asked for")
+
+
+@pytest.mark.parametrize("name", ["auto", "native"])
+def test_native_is_chosen_where_it_can_run(name: str) -> None:
+    backend = choose_backend(name, work())
+    assert backend.name == "native"
+    assert native.isa() in backend.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cuda"}, "the model is on cuda"),
+        ({"dtype": torch.float64}, "the model is in float64"),
+        ({"head_dim": 512}, "head dim 512"),
+        ({"missing": "method 'streaming' has no native kernels"}, "method 'streaming' has no"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_not_replaced(changes: dict[str, object], reason: str) -> None:
+    assert choose_backend("auto", work(**changes)).name == "torch"
+    assert reason in choose_backend("auto", work(**changes)).reason
+    with pytest.raises(ArgumentError, match=f"backend 'native' cannot run here: {reason}"):
+        choose_backend("native", work(**changes))
+
+
+def test_an_extension_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_extension, "problem", lambda: "no such file")
+    assert choose_backend("auto") == ("torch", "no native kernels here: no such file")
+
+
+def test_triton_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="backend 'triton' is not part of this version"):
+        choose_backend("triton")
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ArgumentError, match=r"unknown backend 'troch'; known: auto, torch \(did you mean 'torch'"):
+    with pytest.raises(
+        ArgumentError, match=r"unknown backend 'troch'; known: auto, native, torch \(did you mean 'torch'"
+    ):
         choose_backend("troch")
 
 

@@ -33,8 +33,8 @@ def calibrate(
     *,
     token_ids: Iterable[Any] | None = None,
     length: int | None = None,
-    planes: Planes | str | None = None,
-    budget: Budget | None = None,
+    planes: Any = None,
+    budget: Any = None,
     candidate: str | None = None,
     tail: str | None = None,
     fit_tokens: int = 131072,
@@ -49,11 +49,12 @@ def calibrate(
 
     Text is ``texts`` (strings, or ``Path`` objects of files and folders) with a ``tokenizer``, or ``token_ids``
     (LongTensors (B, S) whose rows are windows as given, the last quarter held out). ``length`` defaults to the
-    model's maximum, at most 8192: calibrate at the length that will be served. ``planes`` default to
-    ``Planes.default(head_dim)``, ``budget`` to an eighth of the tokens. ``candidate`` and ``tail`` force one instead
-    of comparing. A layer whose best candidate keeps less than ``dense_if_mass_below`` of exact top-k's attention mass
-    is marked dense, with a warning. With a ``checkpoint`` folder a killed run goes on where it was, to the identical
-    result; the folder is removed at the end. ``progress`` draws bars and the expected loss on standard error.
+    model's maximum, at most 8192: calibrate at the length that will be served. ``planes`` (text or ``Planes``) default
+    to ``Planes.default(head_dim)``, ``budget`` (a ``Budget``) to an eighth of the tokens. ``candidate`` and ``tail``
+    force one instead of comparing. A layer whose best candidate keeps less than ``dense_if_mass_below`` of exact top-k's
+    attention mass is marked dense, with a warning. With a ``checkpoint`` folder a killed run goes on where it was, to
+    the identical result; the folder is removed at the end. ``progress`` draws bars and the expected loss on standard
+    error.
     Where ``torch.distributed`` is initialised, all processes call this with the same arguments, each with a whole
     model: they share the windows out and all return the basis that one process would (``docs/distributed.md``).
 
@@ -62,7 +63,7 @@ def calibrate(
     modules = attention_modules(model)
     check_whole(model)
     spec = ModelSpec.of(model)
-    budget = Budget(fraction=1 / 8) if budget is None else budget
+    budget = Budget(fraction=1 / 8) if budget is None else Budget.checked(budget)
     chosen_planes = _checked_planes(planes, spec.head_dim)
     _check_choices(candidate, tail, dense_if_mass_below)
     length = _checked_length(length, spec.max_length)
@@ -104,11 +105,12 @@ def _windows(
     tokenizer: Any, texts: Any, token_ids: Any, *, length: int, vocab_size: int, field: str, limits: dict[str, int]
 ) -> Windows:
     if (texts is None) == (token_ids is None):
-        raise ArgumentError("give exactly one of texts (with a tokenizer) and token_ids")
+        got = "neither" if texts is None else "both"
+        raise ArgumentError(f"calibration needs one of texts (with a tokenizer) and token_ids, got {got}; give one")
     if token_ids is not None:
         return windows_from_ids(token_ids, length=length, vocab_size=vocab_size)
     if tokenizer is None:
-        raise ArgumentError("texts need a tokenizer; give the model's, or token_ids")
+        raise ArgumentError("texts need a tokenizer, got none; give the model's, or token_ids instead")
     paths: Any = [texts] if isinstance(texts, Path) else texts
     if isinstance(paths, list | tuple) and paths and all(isinstance(item, Path) for item in paths):
         return windows_from_files(paths, tokenizer, length=length, field=field, **limits)
@@ -137,8 +139,8 @@ def _checked_length(length: int | None, longest: int) -> int:
     return length
 
 
-def _checked_planes(planes: Planes | str | None, head_dim: int) -> Planes:
-    chosen = Planes.parse(planes) if isinstance(planes, str) else planes or Planes.default(head_dim)
+def _checked_planes(planes: Any, head_dim: int) -> Planes:
+    chosen = Planes.default(head_dim) if planes is None else Planes.of(planes)
     chosen.check_fits(head_dim)
     return chosen
 
@@ -148,5 +150,5 @@ def _check_choices(candidate: str | None, tail: str | None, dense_if_mass_below:
         raise unknown_name("candidate", candidate, CANDIDATES)
     if tail is not None:
         check_tail(tail)
-    if not 0 <= dense_if_mass_below <= 1:
-        raise ArgumentError(f"dense_if_mass_below must be from 0 to 1; got {dense_if_mass_below!r}")
+    if not isinstance(dense_if_mass_below, float | int) or not 0 <= dense_if_mass_below <= 1:
+        raise ArgumentError(f"dense_if_mass_below must be a number from 0 to 1; got {dense_if_mass_below!r}")

@@ -73,8 +73,7 @@ def windows_from_texts(
     request = Request(length=length, fit_tokens=fit_tokens, held_out_tokens=held_out_tokens)
     if isinstance(texts, str):
         raise ArgumentError(
-            f"texts is one string ({texts[:40]!r}), not an iterable of strings; write [text], or give a file's path to"
-            " windows_from_files"
+            f"texts is one string ({texts[:40]!r}), not an iterable of strings; write [text], or give a file as a Path"
         )
     if not isinstance(texts, Iterable):
         raise ArgumentError(f"texts must be an iterable of strings; got {type(texts).__name__}")

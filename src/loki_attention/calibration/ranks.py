@@ -1,5 +1,6 @@
 """Work shared out over the processes of ``torch.distributed``, to the result of one process. Knows no model and no text."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,29 @@ class Ranks:
 
 ALONE = Ranks()
 """One process."""
+_LAUNCH_VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def launched_ranks() -> Iterator[Ranks]:
+    """For a program of its own: the processes that ``torchrun`` started, joined for the block, else this one alone.
+
+    They are those that ``WORLD_SIZE`` and the other variables of ``torchrun`` tell of. Nothing is joined, nor left at
+    the end, where ``torch.distributed`` is initialised already. Raises ``ArgumentError`` where the variables tell of
+    several processes and not how to reach them.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not distributed.is_available() or size == "1":
+        yield ALONE
+        return
+    joined = distributed.is_initialized()
+    if not joined:
+        _join(size)
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        if not joined:
+            distributed.destroy_process_group()
 
 
 @contextmanager
@@ -74,3 +98,19 @@ def all_ranks() -> Iterator[Ranks]:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), group)
     finally:
         distributed.destroy_process_group(group)
+
+
+def _join(size: str) -> None:
+    missing = [name for name in _LAUNCH_VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise ArgumentError(
+            f"WORLD_SIZE={size} tells of several processes, but there is no {' and no '.join(missing)}; start them with "
+            "torchrun, or unset WORLD_SIZE for one process"
+        )
+    try:
+        distributed.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"cannot join the processes that WORLD_SIZE={size} tells of: {str(error).splitlines()[0]}; start them with "
+            "torchrun, or unset WORLD_SIZE for one process"
+        ) from error

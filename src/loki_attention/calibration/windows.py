@@ -78,7 +78,7 @@ class Windows:
         count, tokens = len(self.fit) + len(self.held_out), self.fit_tokens + self.held_out_tokens
         if not self.fit or not self.held_out or tokens < LEAST_TOKENS:
             raise CorpusError(
-                f"{count} windows with {tokens} tokens in all are too little to calibrate on; at least two windows"
+                f"{tokens} tokens in {count} window{'s' * (count != 1)} are too little to calibrate on; at least two windows"
                 f" (one to fit on, one held out) and {LEAST_TOKENS} tokens are needed: give more text"
             )
 

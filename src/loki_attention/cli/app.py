@@ -11,6 +11,7 @@ from loki_attention import __version__
 from loki_attention.cli.calibrate import CALIBRATE_EXAMPLES, calibrate_command
 from loki_attention.cli.demo import DEMO_EXAMPLES, demo_command
 from loki_attention.cli.generate import GENERATE_EXAMPLES, generate_command
+from loki_attention.cli.info import INFO_EXAMPLES, info_command
 from loki_attention.cli.inspect import INSPECT_EXAMPLES, inspect_command
 from loki_attention.errors import LokiError, LokiWarning
 
@@ -58,6 +59,7 @@ def loki(
 
 
 app.command("demo", epilog=DEMO_EXAMPLES)(demo_command)
+app.command("info", epilog=INFO_EXAMPLES)(info_command)
 app.command("calibrate", epilog=CALIBRATE_EXAMPLES)(calibrate_command)
 app.command("inspect", epilog=INSPECT_EXAMPLES)(inspect_command)
 app.command("generate", epilog=GENERATE_EXAMPLES)(generate_command)

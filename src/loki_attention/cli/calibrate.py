@@ -1,20 +1,26 @@
 """``loki calibrate``: a model and text in, a basis folder out."""
 
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loki_attention.cli.output import AsJson, Device, Dtype, Model, describe, examples, print_json
-from loki_attention.errors import ArgumentError, CorpusError
+from loki_attention.errors import ArgumentError, CorpusError, LokiWarning
+
+if TYPE_CHECKING:
+    from loki_attention.calibration.ranks import Ranks
 
 CALIBRATE_EXAMPLES = examples(
     "loki calibrate path/to/model --text book.txt -o my-basis",
     "loki calibrate Qwen/Qwen3-0.6B --text texts/ more.jsonl -o my-basis",
     "loki calibrate path/to/model --text *.txt --length 4096 --budget 512 -o b",
+    "torchrun --nproc-per-node 8 --no-python loki calibrate MODEL --text t -o b",
 )
 
 Text = Annotated[list[Path], typer.Option("--text", help="Files (.txt, .md, .jsonl) and folders; repeat, or list.")]
@@ -65,19 +71,21 @@ def calibrate_command(
 ) -> None:
     """Calibrate MODEL on text and write a basis; prints the loss to expect.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    A run that was stopped goes on where it was when the same command is given again. Under torchrun all processes share
+    the text out, and the first one writes and prints.
     """
     texts = [*text, *(more_text or [])]
     _check_paths(texts, output, overwrite)
     from loki_attention import Budget, Planes, calibrate
+    from loki_attention.calibration.ranks import launched_ranks
     from loki_attention.integrations.huggingface.loading import load_model, load_tokenizer
 
     chosen_budget = Budget.parse(budget, minimum=minimum, sinks=sinks, recent=recent)
     chosen_planes = None if planes is None else Planes.parse(planes)
     partial = output.resolve().with_name(f"{output.resolve().name}.partial")
-    with _resumable(partial):
+    with launched_ranks() as ranks, _first_alone_speaks(ranks, partial):
         basis = calibrate(
-            load_model(model, dtype=dtype, device=device),
+            load_model(model, dtype=dtype, device=_own_device(device, ranks)),
             load_tokenizer(model),
             texts,
             length=length,
@@ -93,6 +101,8 @@ def calibrate_command(
             checkpoint=partial,
             progress=True,
         )
+    if not ranks.first:
+        return
     basis.save(output)
     if as_json:
         print_json(describe(basis, output))
@@ -115,11 +125,20 @@ def _check_paths(texts: list[Path], output: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{output} holds a basis already; pass --overwrite to replace it, or name another folder")
 
 
+def _own_device(device: str, ranks: "Ranks") -> str:
+    """The device of this process: of several on one machine, each has its own GPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and ranks.size > 1 else device
+
+
 @contextmanager
-def _resumable(partial: Path) -> Iterator[None]:
-    """Say, where the user stops the run, that it can go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {partial}", file=sys.stderr)
-        raise typer.Exit(130) from None
+def _first_alone_speaks(ranks: "Ranks", partial: Path) -> Iterator[None]:
+    """Warn in the first process only; say there, where the user stops the run, that it can go on."""
+    with warnings.catch_warnings():
+        if not ranks.first:
+            warnings.simplefilter("ignore", LokiWarning)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if ranks.first:
+                print(f"stopped; the same command goes on from {partial}", file=sys.stderr)
+            raise typer.Exit(130) from None

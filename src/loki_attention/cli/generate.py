@@ -17,6 +17,7 @@ GENERATE_EXAMPLES = examples(
     "loki generate path/to/model --basis my-basis --prompt-file prompt.txt",
     "cat f.txt | loki generate path/to/model --basis b --prompt-file - --tokens 25%",
     "loki generate path/to/model --method streaming --tokens 512 --prompt-file f.txt",
+    "loki generate path/to/model --basis b --prompt-file f.txt --monitor-every 16",
 )
 
 Basis = Annotated[Path | None, typer.Option("--basis", help="The basis folder; loki and the paper's methods need one.")]
@@ -34,6 +35,14 @@ Tail = Annotated[
 NewTokens = Annotated[int, typer.Option(help="Tokens to generate, at most.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above, tokens are sampled.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+MonitorEvery = Annotated[
+    int | None,
+    typer.Option(
+        help="Check every so many decode steps, on one layer in turn, against dense attention; the report says what it "
+        "found.",
+        show_default="no checks",
+    ),
+]
 OtherWeights = Annotated[
     bool, typer.Option("--other-weights", help="Use a basis of other weights of the same architecture, a fine-tune's.")
 ]
@@ -50,6 +59,7 @@ def generate_command(
     max_new_tokens: NewTokens = 100,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    monitor_every: MonitorEvery = None,
     other_weights: OtherWeights = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -62,7 +72,7 @@ def generate_command(
     from loki_attention.integrations.huggingface.generation import generate_text
     from loki_attention.integrations.huggingface.loading import load_model, load_tokenizer
 
-    _check_method(method, basis)
+    _check_method(method, basis, tokens)
     loaded = None if basis is None else KeyBasis.load(basis)
     budget = _budget(tokens, loaded)
     chosen_planes = None if planes is None else Planes.parse(planes)
@@ -70,7 +80,9 @@ def generate_command(
     tokenizer = load_tokenizer(model)
     if loaded is not None:
         loaded.spec.check_serves(ModelSpec.of(served), other_weights=other_weights)
-    with attach(served, loaded, method=method, budget=budget, planes=chosen_planes, tail=tail) as attached:
+    with attach(
+        served, loaded, method=method, budget=budget, planes=chosen_planes, tail=tail, monitor_every=monitor_every
+    ) as attached:
         made = generate_text(
             served,
             tokenizer,
@@ -87,6 +99,8 @@ def generate_command(
         return
     print(flush=True)
     print(f"\n{made.prompt_tokens} tokens of prompt, {made.new_tokens} new\n{report}", file=sys.stderr)
+    if monitor_every is not None and report.monitor is None:
+        print(f"monitor: no checks, for there were fewer than {monitor_every} sparse decode steps", file=sys.stderr)
 
 
 def _read_prompt(name: str) -> str:
@@ -100,12 +114,14 @@ def _read_prompt(name: str) -> str:
         raise ArgumentError(f"{name} is not text in UTF-8; give a text file as --prompt-file") from None
 
 
-def _check_method(method: str, basis: Path | None) -> None:
+def _check_method(method: str, basis: Path | None, tokens: str | None) -> None:
     from loki_attention.methods import method_class
 
     kind = method_class(method)
     if kind is not None and kind.needs_basis and basis is None:
-        raise ArgumentError(f"method {method!r} needs a basis; give --basis DIR (loki calibrate writes one)")
+        raise ArgumentError(f"method {method!r} needs a basis, got none; give --basis DIR (loki calibrate writes one)")
+    if kind is not None and basis is None and tokens is None:
+        raise ArgumentError(f"method {method!r} without a basis needs a budget, got none; give --tokens 512 or 25%")
 
 
 def _budget(tokens: str | None, basis: "KeyBasis | None") -> "Budget | None":

@@ -38,13 +38,13 @@ def save(
     """
     given, path = path, path.resolve()
     if path.exists() and not (path / _MANIFEST).is_file() and not _is_empty_folder(path):
-        raise ArtifactError(f"{path} exists and is not a basis; name another folder")
+        raise ArtifactError(f"{given} exists and is not a basis; name another folder")
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
     except OSError as error:
-        raise ArtifactError(f"cannot write a basis to {path}: {error.strerror}") from None
+        raise ArtifactError(f"cannot write a basis to {given}: {error.strerror}; name another folder") from None
     try:
         save_file({f"{layer}.{name}": t.contiguous() for (layer, name), t in tensors.items()}, draft / _BASIS)
         if moments is not None:
@@ -105,7 +105,8 @@ def _load_manifest(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ArtifactError(f"no basis at {path}: there is no such folder; write one with `loki calibrate`")
     if not file.is_file():
-        raise ArtifactError(f"{path} is not a basis: it holds no {_MANIFEST}; write one with `loki calibrate`")
+        reason = f"it holds no {_MANIFEST}" if path.is_dir() else "it is a file, a basis is a folder"
+        raise ArtifactError(f"{path} is not a basis: {reason}; write one with `loki calibrate`")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["format_version"]

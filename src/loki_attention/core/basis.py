@@ -45,19 +45,18 @@ class KeyBasis:
         """The encoder of a layer (its index in the model), for these planes or others."""
         return encoder(self.layers[layer], planes or self.planes, self.spec.group_size)
 
-    def refit(
-        self, *, candidate: str | None = None, planes: Planes | str | None = None, budget: Budget | None = None
-    ) -> "KeyBasis":
-        """The basis of another candidate, planes or budget, from the same moments: no text, no model.
+    def refit(self, *, candidate: str | None = None, planes: Any = None, budget: Any = None) -> "KeyBasis":
+        """The basis of another candidate, planes (text or ``Planes``) or ``Budget``, from the same moments: no text.
 
         What is not given stays. Held-out figures do not carry over: they were measured for what this basis was.
         Raises ``ArgumentError`` without moments or for an unknown candidate or planes.
         """
         changed = self.with_candidate(candidate) if candidate is not None else self
-        planes = Planes.parse(planes) if isinstance(planes, str) else planes or self.planes
+        planes = self.planes if planes is None else Planes.of(planes)
         planes.check_fits(self.spec.head_dim)
+        budget = self.budget if budget is None else Budget.checked(budget)
         record = {key: value for key, value in self.record.items() if key != "figures"}
-        return replace(changed, planes=planes, budget=budget or self.budget, record=record)
+        return replace(changed, planes=planes, budget=budget, record=record)
 
     def with_candidate(self, candidate: str) -> "KeyBasis":
         """This basis with ``candidate`` in every layer and head; itself where it already is."""

@@ -56,6 +56,15 @@ class Budget:
                 )
 
     @classmethod
+    def checked(cls, value: object) -> "Budget":
+        """``value`` where it is a budget; raises ``ArgumentError`` for anything else, a bare number say."""
+        if not isinstance(value, cls):
+            raise ArgumentError(
+                f"budget must be a Budget, got {value!r}; write Budget(tokens=512) or Budget(fraction=1/8)"
+            )
+        return value
+
+    @classmethod
     def parse(cls, text: str, *, minimum: int = 64, sinks: int = 4, recent: int = 32) -> "Budget":
         """The budget a command line names: ``"25%"`` is a fraction, ``"512"`` a token count.
 
@@ -65,7 +74,10 @@ class Budget:
         number = text.strip().removesuffix("%")
         try:
             if text.strip().endswith("%"):
-                return cls(fraction=float(number) / 100, minimum=minimum, sinks=sinks, recent=recent)
+                share = float(number)
+                if not 0 < share <= 100:
+                    raise ArgumentError(f"a budget in percent must be above 0% and at most 100%; got {text!r}")
+                return cls(fraction=share / 100, minimum=minimum, sinks=sinks, recent=recent)
             return cls(tokens=int(number), minimum=minimum, sinks=sinks, recent=recent)
         except ValueError as error:
             if isinstance(error, ArgumentError):

@@ -6,15 +6,18 @@ the backend that asks for it.
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from loki_attention.core.candidates import LayerBasis, principal_axes
 from loki_attention.core.planes import DISTORTION, STEP_IN_DEVIATIONS, Planes
 from loki_attention.core.shapes import Keys, Levels, PackedKeys, Queries
+from loki_attention.core.tail import tail_rank
+
+_WRITTEN_AT_ONCE = 4096
 
 
 class EncodedQuery(NamedTuple):
@@ -48,10 +51,13 @@ class Encoder:
     steps: Float[Tensor, "kv r"]
     kappa: Float[Tensor, " kv"]
 
+    tiled: ClassVar[bool] = False
+    """Whether packed keys lie in tiles of tokens; here each token's bytes are its own."""
+
     @property
     def tail_rank(self) -> int:
-        """Leading dims that the linear tail regresses on, R1 = min(D / 4, R)."""
-        return min(self.mean.shape[-1] // 4, self.planes.rank)
+        """Leading dims that the linear tail regresses on, R1."""
+        return tail_rank(self.mean.shape[-1], self.planes.rank)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Encoder":
         """This encoder on ``device``, computing in float64 for float64 models and in float32 for all others."""
@@ -74,6 +80,17 @@ class Encoder:
     def encode_keys(self, keys: Keys) -> PackedKeys:
         """The packed low-rank keys, ``planes.bytes_per_token`` bytes a token."""
         return self.planes.pack(self.planes.quantize(self.project_keys(keys), self.steps[:, None]))
+
+    def buffer(self, batch: int, slots: int) -> PackedKeys:
+        """Room for the low-rank keys of ``slots`` slots; not initialised."""
+        shape = (batch, len(self.mean), slots, self.planes.bytes_per_token)
+        return torch.empty(shape, dtype=torch.uint8, device=self.mean.device)
+
+    def write(self, keys: Keys, packed: UInt8[Tensor, "b kv capacity bytes"], start: int, stop: int) -> None:
+        """Write the low-rank keys of slots ``start`` to ``stop`` - 1 of ``keys`` into ``packed``, in place."""
+        for first in range(start, stop, _WRITTEN_AT_ONCE):
+            part = slice(first, min(first + _WRITTEN_AT_ONCE, stop))
+            packed[:, :, part] = self.encode_keys(keys[:, :, part])
 
     def encode_query(self, query: Queries, scale: float) -> EncodedQuery:
         """The encoded query rows.

@@ -63,6 +63,14 @@ class Planes:
         return cls(planes)
 
     @classmethod
+    def of(cls, value: object) -> "Planes":
+        """``value`` where it is planes, the planes it names where it is text; raises ``ArgumentError`` for all else."""
+        planes = cls.parse(value) if isinstance(value, str) else value
+        if not isinstance(planes, cls):
+            raise ArgumentError(f"planes must be a string such as '16@4+32@2' or Planes, got {value!r}")
+        return planes
+
+    @classmethod
     def default(cls, head_dim: int) -> "Planes":
         """A quarter of the dims in 4 bits and a half in 2, rounded up to whole words, at most ``head_dim`` in all.
 

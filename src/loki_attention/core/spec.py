@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loki_attention.errors import MismatchError
+from loki_attention.errors import MismatchError, ModelError
 
 _SAMPLES = 1000
 _ALLOWED_STRAYS = 5
@@ -38,7 +38,7 @@ class Fingerprint:
         for name, weight in chosen:
             flat = whole(name, weight.detach()).reshape(-1)
             if flat.is_meta:
-                return cls((), torch.finfo(torch.float32).eps)
+                return NO_WEIGHTS
             # Whole numbers: float32 cannot tell the last slots of a large vocabulary apart, and steps past the end.
             slots = torch.arange(each, device=flat.device) * (flat.numel() - 1) // max(1, each - 1)
             values += flat[slots].float().tolist()
@@ -60,6 +60,10 @@ class Fingerprint:
             for a, b in zip(self.values, other.values, strict=True)
         )
         return strays <= _ALLOWED_STRAYS * len(self.values) / _SAMPLES
+
+
+NO_WEIGHTS = Fingerprint((), torch.finfo(torch.float32).eps)
+"""The fingerprint of weights that are not looked at."""
 
 
 class HeadLayout(NamedTuple):
@@ -98,23 +102,41 @@ class ModelSpec:
         """The spec of a model with a transformers-style ``config`` and ``named_parameters()``.
 
         A model split over processes has the spec of the whole: its processes must ask together, since its weights are
-        gathered, one at a time. ``weights=False`` leaves the fingerprint empty.
+        gathered, one at a time. ``weights=False`` leaves the fingerprint empty. Raises ``ModelError`` for what is no
+        model, and where the configuration lacks something that decoders with attention have.
         """
-        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        layout = HeadLayout.of(config)
-        return cls(
-            model_id=str(getattr(config, "name_or_path", "") or config.model_type).rstrip("/").split("/")[-1],
-            architecture=type(model).__name__,
-            depth=config.num_hidden_layers,
-            layers=full_attention_layers(config),
-            heads=layout.heads,
-            kv_heads=layout.kv_heads,
-            head_dim=layout.head_dim,
-            rope=_plain(getattr(config, "rope_parameters", None) or {}),
-            max_length=config.max_position_embeddings,
-            vocabulary=config.vocab_size,
-            fingerprint=Fingerprint.of(model.named_parameters() if weights else (), partial(_whole, model)),
-        )
+        if not hasattr(model, "config"):
+            raise ModelError(
+                f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained"
+            )
+        weighed = model.named_parameters() if weights else ()
+        fingerprint = Fingerprint.of(weighed, partial(_whole, model))
+        return cls.of_config(model.config, architecture=type(model).__name__, fingerprint=fingerprint)
+
+    @classmethod
+    def of_config(cls, config: Any, *, architecture: str, fingerprint: Fingerprint = NO_WEIGHTS) -> "ModelSpec":
+        """The spec of a transformers-style configuration and the name of the class it is for."""
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        try:
+            layout = HeadLayout.of(config)
+            return cls(
+                model_id=str(getattr(config, "name_or_path", "") or config.model_type).rstrip("/").split("/")[-1],
+                architecture=architecture,
+                depth=config.num_hidden_layers,
+                layers=full_attention_layers(config),
+                heads=layout.heads,
+                kv_heads=layout.kv_heads,
+                head_dim=layout.head_dim,
+                rope=_plain(getattr(config, "rope_parameters", None) or {}),
+                max_length=config.max_position_embeddings,
+                vocabulary=config.vocab_size,
+                fingerprint=fingerprint,
+            )
+        except AttributeError as error:
+            raise ModelError(
+                f"{architecture} has no {error.name!r} in its configuration, as decoders with attention have; see "
+                "`loki info MODEL` for what is supported"
+            ) from None
 
     @property
     def group_size(self) -> int:
@@ -130,12 +152,12 @@ class ModelSpec:
             ours, theirs = getattr(self, what), getattr(model, what)
             if ours != theirs:
                 raise MismatchError(
-                    f"this basis was calibrated for another model: its {what.replace('_', ' ')} is {ours}, the "
-                    f"model's is {theirs}; calibrate this model"
+                    f"this basis was calibrated for another model, with {what.replace('_', ' ')} {ours} where this "
+                    f"model has {theirs}; calibrate this model"
                 )
         if dict(self.rope) != dict(model.rope):
             raise MismatchError(
-                f"this basis was calibrated with other RoPE parameters: {dict(self.rope)}, the model has "
+                f"this basis was calibrated with other RoPE parameters, {dict(self.rope)} where this model has "
                 f"{dict(model.rope)}; calibrate this model"
             )
         if not other_weights and self.fingerprint.values and not model.fingerprint.values:
@@ -146,7 +168,7 @@ class ModelSpec:
         if not other_weights and not self.fingerprint.matches(model.fingerprint):
             raise MismatchError(
                 "this basis was calibrated on other weights of the same architecture (a fine-tune?); calibrate this "
-                "model, or pass other_weights=True to use the basis all the same"
+                "model, or pass other_weights=True (--other-weights) to use the basis all the same"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,6 +39,15 @@ def check_tail(tail: object) -> None:
         raise unknown_name("tail", tail, TAILS)
 
 
+def tail_rank(head_dim: int, rank: int) -> int:
+    """Leading dims that the linear tail regresses on, R1 = min(D / 4, R), of ``rank`` dims of a head's ``head_dim``.
+
+    >>> tail_rank(64, 48), tail_rank(64, 8)
+    (16, 8)
+    """
+    return min(head_dim // 4, rank)
+
+
 def covered_tokens(valid_tokens: Tensor) -> Tensor:
     """How many leading valid tokens the sums cover: whole blocks of 64, one behind.
 

@@ -3,7 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["haystack_text", "reference_model_path", "sample_texts"]
+__all__ = ["haystack_text", "recorded_selections", "reference_model_path", "sample_texts"]
 
 _HAYSTACK = "haystack.txt"
 
@@ -33,6 +33,15 @@ def haystack_text() -> Path:
     False
     """
     return _folder("text") / _HAYSTACK
+
+
+def recorded_selections() -> Path:
+    """The tokens that the bundled model selected, as benchmarks/record_selections.py wrote them: a NumPy archive.
+
+    >>> recorded_selections().name
+    'selections.npz'
+    """
+    return _folder("selections.npz")
 
 
 def _folder(name: str) -> Path:

@@ -76,11 +76,11 @@ def _mass_of(seen: Observation, methods: Mapping[str, SelectionMethod]) -> Mass:
 def _view(seen: Observation, method: SelectionMethod) -> LayerView:
     packed = None if method.encoder is None else method.encoder.encode_keys(seen.keys)
 
-    def twins() -> Tensor:
+    def twins(encoder: Any) -> Tensor:
         assert packed is not None
         return packed
 
-    def no_sums(rows: Rows) -> Any:
+    def no_sums(encoder: Any, rows: Rows) -> Any:
         raise AssertionError("mass is measured without a tail")
 
     return LayerView(seen.keys, seen.values, twins, no_sums)

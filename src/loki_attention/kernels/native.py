@@ -4,6 +4,7 @@ Knows tensors and their layout; not where indices or budgets come from. ``core``
 the kernels to it on each instruction set. One query row a sequence, float32, bfloat16 or float16, on the CPU.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from loki_attention.core.shapes import Keys, PerHeadRow, Queries, Values
 from loki_attention.core.tail import TAILS, TailSums, check_tail
 from loki_attention.errors import ArgumentError, check_tokens
 from loki_attention.kernels import native_arguments as arguments
-from loki_attention.kernels.native_arguments import ELEMENT_TYPES, Spans, Visible
+from loki_attention.kernels.native_arguments import ELEMENT_TYPES, Visible
 from loki_attention.kernels.native_encoder import (
     NativeEncoder,
     absorb,
@@ -35,6 +36,7 @@ from loki_attention.kernels.native_extension import (
     thread_count,
     usable_isas,
 )
+from loki_attention.kernels.rows import Spans
 
 __all__ = [
     "ISA_VARIABLE",
@@ -170,11 +172,16 @@ def dense_decode(
 
 
 class NativeStep(NamedTuple):
-    """Output of a decode step and, where asked for, the selected slots and the tail's log-mass."""
+    """Output of a decode step and, where asked for, the selected slots, the tail's log-mass and the mass kept.
+
+    ``kept`` is the tail's estimate of the attention mass on the selected slots (learned sinks left out), float32, NaN
+    where there is no tail.
+    """
 
     output: Queries
     indices: Int[Tensor, "b kv 1 k"] | None
     log_mass: PerHeadRow | None
+    kept: PerHeadRow | None
 
 
 def decode_step(
@@ -195,6 +202,7 @@ def decode_step(
     learned_sinks: Float[Tensor, " h"] | None = None,
     wants_indices: bool = False,
     wants_mass: bool = False,
+    wants_kept: bool = False,
     isa: str | None = None,
     threads: int | None = None,
 ) -> NativeStep:
@@ -206,7 +214,7 @@ def decode_step(
     attention = _Attention(query, keys, values, scale, soft_cap, learned_sinks)
     shape = attention.shape
     check_encoder(encoder, shape)
-    selection = _Selection(encoder, packed, k, shape, sinks, recent, wants_indices, wants_mass)
+    selection = _Selection(encoder, packed, k, shape, sinks, recent, wants_indices, wants_mass, wants_kept)
     seen = arguments.seen(visible, shape)
     addresses, held = _sum_addresses(tail, sums, encoder, shape)
     call(
@@ -215,18 +223,24 @@ def decode_step(
     )  # fmt: skip
     del held
     indices = selection.indices
-    return NativeStep(attention.output, None if indices is None else indices[:, :, None], selection.log_mass)
+    indices = None if indices is None else indices[:, :, None]
+    return NativeStep(attention.output, indices, selection.log_mass, selection.kept)
 
 
-def streaming_probe(*tensors: Tensor, isa: str | None = None, threads: int | None = None) -> int:
-    """Reads every byte of contiguous tensors as fast as a prefetching loop can; returns their XOR. For benchmarks."""
+def streaming_probe(
+    *tensors: Tensor, ahead_bytes: int = 4096, isa: str | None = None, threads: int | None = None
+) -> int:
+    """The XOR of all lines of contiguous tensors, read as fast as a prefetching loop can. For benchmarks.
+
+    ``ahead_bytes`` lie between what is read and what is fetched; which distance is best depends on the machine.
+    """
     result = 0
     for tensor in tensors:
         arguments.check_plain("tensor", tensor)
         if not tensor.is_contiguous():
             raise arguments.refuse("tensor", f"strided {tensor.stride()}", "contiguous memory to stream")
         size = tensor.numel() * tensor.element_size()
-        result ^= operations(isa).stream(thread_count(threads), tensor.data_ptr(), size)
+        result ^= operations(isa).stream(thread_count(threads), tensor.data_ptr(), size, ahead_bytes)
     return result
 
 
@@ -236,13 +250,17 @@ def gather_probe(
     values: Values,
     indices: Int[Tensor, "b kv 1 k"],
     *,
+    ahead_tokens: int = 64,
     isa: str | None = None,
     threads: int | None = None,
 ) -> int:
-    """Reads the rows that :func:`attend` would read, in its order, and does nothing with them. For benchmarks."""
+    """The XOR of the lines that :func:`attend` would read, in its order and split over threads as it is. For benchmarks.
+
+    ``ahead_tokens`` lie between the rows that are read and those that are fetched.
+    """
     attention = _Attention(query, keys, values, 1.0, None, None)
     table, held = _index_table(indices, attention.shape)
-    result: int = call(operations(isa).gather, thread_count(threads), attention.handle, table)
+    result: int = call(operations(isa).gather, thread_count(threads), attention.handle, table, ahead_tokens)
     del held
     return result
 
@@ -284,6 +302,7 @@ class _Selection:
         recent: int,
         wants_indices: bool,
         wants_mass: bool,
+        wants_kept: bool = False,
     ) -> None:
         check_tokens("sinks", sinks, least=0)
         check_tokens("recent", recent, least=0)
@@ -291,11 +310,15 @@ class _Selection:
         self._k = arguments.dense("k", k, torch.int64, (shape.batch,))
         width = max(0, int(self._k.max())) if wants_indices else 0
         width = min(width, shape.slots)
-        self.indices = torch.empty(shape.batch, shape.kv_heads, width, dtype=torch.int32) if wants_indices else None
-        self.log_mass = torch.empty(shape.batch, shape.heads, 1) if wants_mass else None
+        # Whatever torch's default dtype and device are, the kernels write these.
+        room = partial(torch.empty, device="cpu")
+        per_head = (shape.batch, shape.heads, 1)
+        self.indices = room(shape.batch, shape.kv_heads, width, dtype=torch.int32) if wants_indices else None
+        self.log_mass = room(per_head, dtype=torch.float32) if wants_mass else None
+        self.kept = room(per_head, dtype=torch.float32) if wants_kept else None
         out = (0 if self.indices is None else self.indices.data_ptr(), width)
-        mass = 0 if self.log_mass is None else self.log_mass.data_ptr()
-        self.numbers = (*place, self._k.data_ptr(), sinks, recent, *out, mass)
+        figures = (0 if tensor is None else tensor.data_ptr() for tensor in (self.log_mass, self.kept))
+        self.numbers = (*place, self._k.data_ptr(), sinks, recent, *out, *figures)
 
 
 def _index_table(indices: Tensor, shape: arguments.Shape) -> tuple[tuple[int, int, int, int], Tensor]:

@@ -11,23 +11,16 @@ from torch import Tensor
 
 from loki_attention.core.planes import Planes
 from loki_attention.errors import ArgumentError
-from loki_attention.kernels.rows import Rows
+from loki_attention.kernels.rows import Rows, Spans
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TILE = 16
 """Tokens of one block of packed low-rank keys."""
 _MOST_SLOTS = 1 << 30
-_LARGEST_GROUP = 64
-_HEAD_DIMS = range(1, 257)
+LARGEST_GROUP = 64
+LARGEST_HEAD_DIM = 256
 
 Strided = tuple[int, int, int, int]
-
-
-class Spans(NamedTuple):
-    """The valid slots of every sequence, ``start`` to ``stop`` - 1; int64 (B,). ``start`` None: from slot 0."""
-
-    start: Tensor | None
-    stop: Tensor
 
 
 Visible = Spans | Rows
@@ -100,11 +93,11 @@ def shape_of(query: Tensor, keys: Tensor) -> Shape:
     kv_heads, slots = keys.shape[1], keys.shape[2]
     if rows != 1:
         raise refuse("query", f"{rows} rows a sequence", "one")
-    if not batch or not kv_heads or heads % kv_heads or not 0 < heads // kv_heads <= _LARGEST_GROUP:
+    if not batch or not kv_heads or heads % kv_heads or not 0 < heads // kv_heads <= LARGEST_GROUP:
         raise refuse(
-            "query", f"{heads} heads over {kv_heads} key heads", f"1 to {_LARGEST_GROUP} query heads a key head"
+            "query", f"{heads} heads over {kv_heads} key heads", f"1 to {LARGEST_GROUP} query heads a key head"
         )
-    if dim not in _HEAD_DIMS or slots > _MOST_SLOTS:
+    if not 0 < dim <= LARGEST_HEAD_DIM or slots > _MOST_SLOTS:
         raise refuse(
             "keys", f"of head dim {dim} and {slots} slots", f"head dims up to 256 and slots up to {_MOST_SLOTS}"
         )

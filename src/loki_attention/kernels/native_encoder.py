@@ -1,5 +1,7 @@
 """Native low-rank keys: the encoder as the kernels take it, the layout of packed keys, and the tail's sums."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Int8, UInt8
 from torch import Tensor
@@ -20,8 +22,10 @@ class NativeEncoder:
     Raises ``ArgumentError`` for float planes and float64 encoders, which the torch backend serves.
     """
 
+    tiled = True
+
     def __init__(self, encoder: Encoder) -> None:
-        self.planes, self.digest = encoder.planes, encoder.digest
+        self.planes, self.digest = encoder.planes, f"{encoder.digest}-tiles"
         if encoder.planes.is_float or encoder.mean.dtype != torch.float32:
             raise ArgumentError(
                 f"planes '{encoder.planes}' of a {encoder.mean.dtype} encoder have no native kernel; use 8, 4 or 2 bits "
@@ -52,7 +56,15 @@ class NativeEncoder:
         indexing the first dim picks sequences. Copy whole tiles to grow it.
         """
         capacity = -(-slots // TILE) * TILE
-        return torch.empty(batch, self.heads, capacity, self.planes.bytes_per_token, dtype=torch.uint8)
+        return torch.empty(batch, self.heads, capacity, self.planes.bytes_per_token, dtype=torch.uint8, device="cpu")
+
+    def write(self, keys: Keys, packed: UInt8[Tensor, "b kv capacity bytes"], start: int, stop: int) -> None:
+        """Write the low-rank keys of slots ``start`` to ``stop`` - 1 of ``keys`` into ``packed``, in place."""
+        encode_keys(self, keys, packed, start, stop)
+
+    def __deepcopy__(self, memo: object) -> "NativeEncoder":
+        """Itself: nothing of it ever changes, and a copied cache may share it."""
+        return self
 
 
 def to_tiles(packed: UInt8[Tensor, "*batch s bytes"], planes: Planes) -> UInt8[Tensor, "*batch capacity bytes"]:
@@ -101,9 +113,11 @@ def encode_query(
     shape = arguments.shape_of(query, query[:, : encoder.heads])
     check_encoder(encoder, shape)
     arguments.check_plain("query", query)
-    codes = torch.empty(batch, heads, 1, encoder.rank, dtype=torch.int8)
-    numbers = torch.empty(3, batch, heads, 1)
-    encoded = torch.empty(batch, heads, 1, encoder.rank)
+    # Whatever torch's default dtype and device are, the kernels write these.
+    room = partial(torch.empty, device="cpu")
+    codes = room(batch, heads, 1, encoder.rank, dtype=torch.int8)
+    numbers = room(3, batch, heads, 1, dtype=torch.float32)
+    encoded = room(batch, heads, 1, encoder.rank, dtype=torch.float32)
     query = query.contiguous()
     nothing = (0, 0, 0, 0)
     sizes = (*shape[:4], ELEMENT_TYPES[query.dtype], query.data_ptr(), 0, 0)

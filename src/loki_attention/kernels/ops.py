@@ -2,9 +2,13 @@
 
 from typing import NamedTuple
 
-from loki_attention.errors import ArgumentError, unknown_name
+import torch
 
-BACKENDS = ("auto", "torch")
+from loki_attention.errors import ArgumentError, unknown_name
+from loki_attention.kernels import native_extension
+from loki_attention.kernels.native_arguments import ELEMENT_TYPES, LARGEST_GROUP, LARGEST_HEAD_DIM
+
+BACKENDS = ("auto", "native", "torch")
 _ELEMENTS_AT_ONCE = 1 << 24
 
 
@@ -15,13 +19,51 @@ class Backend(NamedTuple):
     reason: str
 
 
-def choose_backend(name: str) -> Backend:
-    """The backend for a wish; raises ``ArgumentError`` for one that is unknown or cannot run."""
-    if name in ("native", "triton"):
-        raise ArgumentError(f"backend {name!r} is not part of this version; use 'auto' or 'torch'")
+class Work(NamedTuple):
+    """What a backend would have to run: tensors' type and place, heads, and what a method finds missing if anything."""
+
+    dtype: torch.dtype
+    device: str
+    head_dim: int
+    group_size: int
+    missing: str | None = None
+
+
+def choose_backend(name: str, work: Work | None = None) -> Backend:
+    """The backend for a wish and, where it is known, the work; raises ``ArgumentError`` for one that cannot run.
+
+    ``auto`` takes the native kernels where they can run.
+    """
+    if name == "triton":
+        raise ArgumentError("backend 'triton' is not part of this version; use 'auto', 'native' or 'torch'")
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
-    return Backend("torch", "asked for" if name == "torch" else "runs everywhere; no faster backend in this version")
+    if name == "torch":
+        return Backend("torch", "asked for")
+    problem = _problem_with_native(work)
+    if problem is None:
+        asked = "asked for, " if name == "native" else ""
+        return Backend("native", f"{asked}{native_extension.isa()} kernels for decode steps")
+    if name == "native":
+        raise ArgumentError(f"backend 'native' cannot run here: {problem}; use 'auto' or 'torch'")
+    return Backend("torch", f"no native kernels here: {problem}")
+
+
+def _problem_with_native(work: Work | None) -> str | None:
+    """Why the native kernels cannot run, None where they can."""
+    missing = native_extension.problem()
+    if missing is not None or work is None:
+        return missing
+    if work.device != "cpu":
+        return f"the model is on {work.device}"
+    if work.dtype not in ELEMENT_TYPES:
+        return f"the model is in {str(work.dtype).removeprefix('torch.')}"
+    if work.head_dim > LARGEST_HEAD_DIM or work.group_size > LARGEST_GROUP:
+        return (
+            f"head dim {work.head_dim} and {work.group_size} query heads a key head are beyond {LARGEST_HEAD_DIM} and "
+            f"{LARGEST_GROUP}"
+        )
+    return work.missing
 
 
 def rows_at_once(heads: int, slots: int, tokens: int, head_dim: int) -> int:

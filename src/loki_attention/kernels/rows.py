@@ -1,5 +1,7 @@
 """Which cache slots each query row sees. Knows masks and counts; nothing of scores."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,15 @@ from torch import Tensor
 from loki_attention.core.selection import SAMPLED_TOKENS, TILE
 
 
-class Rows(NamedTuple):
+class Spans(NamedTuple):
+    """The valid slots of every sequence, ``start`` to ``stop`` - 1; int64 (B,). ``start`` None: from slot 0."""
+
+    start: Int[Tensor, " b"] | None
+    stop: Int[Tensor, " b"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
     """The valid slots of a batch and how many of them each row sees.
 
     Causal rows are nested: a row sees the first ``tokens`` valid slots of its sequence. ``rank`` is a slot's place
@@ -24,8 +34,27 @@ class Rows(NamedTuple):
         """Rows from the slots that hold tokens and each row's number of visible ones."""
         return cls(torch.where(valid, valid.cumsum(-1) - 1, -1), tokens)
 
+    @classmethod
+    def of_whole_prompts(cls, batch: int, slots: int, count: int, device: torch.device) -> "Rows":
+        """The last ``count`` rows over ``slots`` slots that all hold tokens."""
+        tokens = torch.arange(slots - count + 1, slots + 1, device=device).expand(batch, -1)
+        rows = cls(torch.arange(slots, device=device).expand(batch, -1), tokens)
+        rows.__dict__["span"] = Spans(None, torch.full((batch,), slots, device=device))
+        return rows
+
+    @cached_property
+    def span(self) -> Spans | None:
+        """Where each sequence's tokens lie side by side, None where one has holes."""
+        valid = self.rank >= 0
+        tokens, slots = valid.sum(-1), torch.arange(self.rank.shape[1], device=self.rank.device)
+        start = torch.where(valid, slots, len(slots)).amin(-1)
+        stop = torch.where(valid, slots + 1, 0).amax(-1)
+        return Spans(start, stop) if bool((stop - start == tokens).all()) else None
+
     def chunk(self, start: int, stop: int) -> "Rows":
         """Rows ``start`` to ``stop`` of the forward."""
+        if (start, stop) == (0, self.tokens.shape[1]):
+            return self
         return Rows(self.rank, self.tokens[:, start:stop])
 
     @property

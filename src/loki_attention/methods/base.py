@@ -5,7 +5,7 @@ and, where it has a tail, what answers for the rest.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loki_attention.cache import KeyEncoder
 from loki_attention.core.attention import PLAIN, Softmax
 from loki_attention.core.budget import Budget
 from loki_attention.core.encoder import EncodedQuery, Encoder
+from loki_attention.core.planes import Planes
 from loki_attention.core.shapes import Indices, Keys, PackedKeys, PerHeadRow, Queries, Values
 from loki_attention.core.tail import TailSums, tail_value
 from loki_attention.kernels import torch_backend
@@ -27,20 +29,21 @@ PER = ("kv-head", "query-head")
 class LayerView(NamedTuple):
     """A cached layer as a method sees it.
 
-    ``twins()`` are the packed low-rank keys of all slots, ``sums(rows)`` the tail's sums with one entry a row,
-    (B, 1 or Hkv, T, ...). Both are brought up to date first.
+    ``twins(encoder)`` are the packed low-rank keys of all slots, ``sums(encoder, rows)`` the tail's sums with one entry a
+    row, (B, 1 or Hkv, T, ...). Both are brought up to date first.
     """
 
     keys: Keys
     values: Values
-    twins: Callable[[], PackedKeys]
-    sums: Callable[[Rows], TailSums]
+    twins: Callable[[KeyEncoder], PackedKeys]
+    sums: Callable[[KeyEncoder | None, Rows], TailSums]
 
 
 class Step(NamedTuple):
     """Some query rows over one layer.
 
-    The rows' slots and budgets, the attention scale, the encoded rows if any, what the model adds to the softmax.
+    The rows' slots and budgets, the attention scale, the encoded rows if any, what the model adds to the softmax, and
+    whether anyone will look at the slots attended.
     """
 
     query: Queries
@@ -50,6 +53,7 @@ class Step(NamedTuple):
     scale: float
     encoded: EncodedQuery | None
     softmax: Softmax = PLAIN
+    wants_indices: bool = True
 
     def sets(self, per: str) -> int:
         """How many index sets a row has: one per KV head, or one per query head."""
@@ -57,7 +61,7 @@ class Step(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Attention output (B, H, T, D) of the rows and the slots they attended; None where all were.
+    """Attention output (B, H, T, D) of the rows and the slots they attended; None where all were, or nobody looks.
 
     ``kept`` is the tail's estimate of the attention mass on those slots, not a number where there is no tail.
     """
@@ -92,12 +96,31 @@ class Method(ABC):
     tail: str = "none"
     per: str = "kv-head"
 
+    @classmethod
+    def reason_dense(cls, layer: int, marked: Collection[int] = ()) -> str | None:
+        """Why a layer stays dense unless asked otherwise, None where it does not; ``marked`` are calibration's."""
+        if layer in cls.default_dense_layers:
+            return "attends diffusely"
+        if cls.default_dense_layers and layer in marked:
+            return "marked by calibration"
+        return None
+
     def budgets(self, rows: Rows) -> Int[Tensor, "b t"]:
         """K of every row."""
         return self.budget.of_each(rows.tokens)
 
-    def on(self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None)) -> "Method":
-        """This method with its encoder on ``device``, for a model of ``dtype`` and these of the layer's KV heads."""
+    @classmethod
+    def problem_with_native(cls, planes: Planes | None, per: str) -> str | None:
+        """Why decode steps of this method cannot run on the native kernels, None where they can."""
+        return f"method {cls.name!r} has no native kernels"
+
+    def on(
+        self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, native: bool = False
+    ) -> "Method":
+        """This method with its encoder on ``device``, for a model of ``dtype`` and these of the layer's KV heads.
+
+        ``native``: decode steps run on the native kernels, which the method has.
+        """
         return self if self.encoder is None else replace(self, encoder=self.encoder.to(device, dtype).of_heads(heads))
 
     @abstractmethod
@@ -155,7 +178,7 @@ class SelectionMethod(Method):
 
     def _tail_answer(self, step: Step, mass: PerHeadRow) -> tuple[PerHeadRow, Queries]:
         """The tail's log-mass and value; rows whose sums cover nothing have no tail."""
-        sums = TailSums(*(tensor.unsqueeze(2) for tensor in step.layer.sums(step.rows)))
+        sums = TailSums(*(tensor.unsqueeze(2) for tensor in step.layer.sums(self.encoder, step.rows)))
         kv_heads = step.layer.keys.shape[1]
         if step.encoded is None:
             leading, deviation = mass.new_zeros(*mass.shape, 0), mass

@@ -1,13 +1,18 @@
 """Loki with quantised low-rank keys, one index set per KV head and a virtual token for what is not selected."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from loki_attention.core.tail import TAILS
+from loki_attention.core.encoder import EncodedQuery
+from loki_attention.core.planes import Planes
+from loki_attention.core.shapes import Queries
+from loki_attention.core.tail import TAILS, TailSums
 from loki_attention.kernels import torch_backend
-from loki_attention.methods.base import Chosen, SelectionMethod, Step
+from loki_attention.kernels.native import NativeEncoder, decode_step
+from loki_attention.methods.base import Answer, Chosen, Method, SelectionMethod, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +23,66 @@ class Loki(SelectionMethod):
     needs_basis: ClassVar[bool] = True
     tails: ClassVar[tuple[str, ...]] = TAILS
 
+    native: NativeEncoder | None = None
+
+    @classmethod
+    def problem_with_native(cls, planes: Planes | None, per: str) -> str | None:
+        """Float planes and one set per query head have no kernels."""
+        if per != "kv-head":
+            return f"per={per!r} has no native kernels"
+        return f"planes '{planes}' have no native kernels" if planes is not None and planes.is_float else None
+
+    def on(
+        self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, native: bool = False
+    ) -> Method:
+        """This method with its encoder on ``device``; the native one beside it, for rows that come singly."""
+        placed = replace(self, encoder=None if self.encoder is None else self.encoder.to(device, dtype).of_heads(heads))
+        if native and placed.encoder is not None:
+            return replace(placed, native=NativeEncoder(placed.encoder))
+        return placed
+
+    def encode(self, query: Queries, scale: float) -> EncodedQuery | None:
+        """The encoded rows; None where the native step encodes them itself."""
+        return None if self._runs_natively(query) else SelectionMethod.encode(self, query, scale)
+
+    def attend(self, step: Step) -> Answer:
+        """Select and attend, in one native call where rows come singly."""
+        if not self._runs_natively(step.query):
+            return SelectionMethod.attend(self, step)
+        assert self.native is not None
+        layer, rows, encoder = step.layer, step.rows, self.native
+        sums = None
+        if self.tail != "none":
+            tokens, *others = layer.sums(encoder, rows)
+            sums = TailSums(tokens.squeeze(1), *(tensor.squeeze(2) for tensor in others))
+        output, indices, _, kept = decode_step(
+            encoder,
+            step.query,
+            layer.keys,
+            layer.values,
+            layer.twins(encoder),
+            rows.span or rows,
+            step.k[:, 0],
+            step.scale,
+            sinks=self.forced.sinks,
+            recent=self.forced.recent,
+            tail=self.tail,
+            sums=sums,
+            soft_cap=step.softmax.softcap,
+            learned_sinks=step.softmax.sink_logits,
+            wants_indices=step.wants_indices,
+            wants_kept=self.tail != "none",
+        )
+        return Answer(output, None if indices is None else indices.long(), kept)
+
+    def _runs_natively(self, query: Queries) -> bool:
+        return self.native is not None and query.shape[2] == 1
+
     def choose(self, step: Step) -> Chosen:
         """The K highest codes, sinks and the recent window among them."""
         assert self.encoder is not None and step.encoded is not None
         query, planes = step.encoded, self.encoder.planes
-        scores = torch_backend.score_low_rank(query, step.layer.twins(), planes, step.sets(self.per))
+        scores = torch_backend.score_low_rank(query, step.layer.twins(self.encoder), planes, step.sets(self.per))
         mass = None if scores.shape[2] == 1 else torch_backend.group_log_mass(scores, step.rows, self.forced)
         ranking = torch_backend.combine_group(scores, mass)
         if not planes.is_float:

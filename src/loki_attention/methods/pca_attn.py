@@ -27,7 +27,9 @@ class PcaAttention(Method):
         """softmax(q'_{:R} K'_{:R}^T) V over every visible token."""
         assert self.encoder is not None and step.encoded is not None
         layer = step.layer
-        scores = torch_backend.score_low_rank(step.encoded, layer.twins(), self.encoder.planes, layer.keys.shape[1])
+        scores = torch_backend.score_low_rank(
+            step.encoded, layer.twins(self.encoder), self.encoder.planes, layer.keys.shape[1]
+        )
         hidden = ~step.rows.visible[:, None, None]
         scores = step.softmax.cap(torch_backend.estimates(scores, step.encoded)).masked_fill(hidden, -torch.inf)
         if step.softmax.sink_logits is not None:

@@ -16,7 +16,7 @@ from loki_attention.errors import ArgumentError, LokiWarning, check_tokens, unkn
 from loki_attention.integrations.huggingface.attached import Attached, LayerPlan, Settings
 from loki_attention.integrations.huggingface.families import attention_modules, text_config
 from loki_attention.integrations.huggingface.monitor import monitor_settings
-from loki_attention.kernels.ops import choose_backend
+from loki_attention.kernels.ops import Work, choose_backend
 from loki_attention.methods import PER, Method, method_class
 
 LayerChoice = str | Budget
@@ -31,7 +31,7 @@ def attach(
     planes: Any = None,
     tail: str | None = None,
     per: str = "kv-head",
-    layers: Mapping[int, LayerChoice] | None = None,
+    layers: Any = None,
     dense_below: int = 0,
     monitor_every: Any = None,
     on_low_mass: Any = None,
@@ -42,7 +42,7 @@ def attach(
     ``model`` is a transformers model, ``basis`` a ``KeyBasis``, ``budget`` a ``Budget``, ``planes`` text or ``Planes``.
     ``budget`` and ``planes`` default to what the basis was chosen for; without a basis a budget is needed. ``tail`` is
     ``"none"``, ``"mean"`` or ``"linear"``, by default the basis's choice for loki and none for others. ``per`` is
-    ``"kv-head"`` or, for research, ``"query-head"`` (paper-loki's rule). ``layers`` overrides single layers with
+    ``"kv-head"`` or, for research, ``"query-head"`` (paper-loki's rule). ``layers`` maps single layers' numbers to
     ``"dense"``, ``"sparse"`` or a ``Budget``; by default layer 0 and what calibration marked stay dense, and with the
     paper's own methods none. Sequences shorter than ``dense_below`` tokens stay dense.
     ``monitor_every=n`` checks every n-th decode step, on one layer in turn, against dense attention; ``report()`` says
@@ -50,17 +50,19 @@ def attach(
     ``(0.5, "dense")`` leaves it dense from then on. Under ``backend="auto"`` the report says what was chosen and why.
     Raises a ``LokiError`` kind for every misuse, and ``MismatchError`` for a basis of another layout.
     """
-    chosen_backend = choose_backend(backend)
+    choose_backend(backend)
     kind = method_class(method)
     modules = attention_modules(model)
     if basis is not None:
         _check_basis(model, basis)
     check_tokens("dense_below", dense_below, least=0)
     monitor = monitor_settings(monitor_every, on_low_mass)
-    choices = _checked_layers(dict(layers or {}), modules)
+    choices = _checked_layers({} if layers is None else layers, modules)
     if kind is None:
+        if monitor is not None:
+            raise ArgumentError("method 'dense' keeps all attention mass: nothing to monitor; leave monitor_every out")
         plans = dict.fromkeys(modules, LayerPlan(None, "method dense"))
-        return Attached(model, plans, Settings(method=method, backend=chosen_backend))
+        return Attached(model, plans, Settings(method=method, backend=choose_backend(backend, _work(model))))
     request = _resolve(kind, basis, budget, planes, tail, per)
     head_dim = HeadLayout.of(text_config(model)).head_dim
     plans = {index: _plan(index, head_dim, request, choices.get(index)) for index in modules}
@@ -71,7 +73,7 @@ def attach(
         plans,
         Settings(
             method=method,
-            backend=chosen_backend,
+            backend=choose_backend(backend, _work(model, kind.problem_with_native(request.planes, request.per))),
             budget=str(request.budget),
             planes=str(request.planes) if kind.needs_basis else None,
             tail=request.tail,
@@ -107,16 +109,15 @@ def _resolve(
         raise unknown_name("per", per, PER)
     if kind.needs_basis and basis is None:
         raise ArgumentError(
-            f"method {kind.name!r} needs a basis: calibrate(model, ...) or KeyBasis.load(path, model=model)"
+            f"method {kind.name!r} needs a basis, got none; give calibrate(model, ...) or KeyBasis.load(path, model=model)"
         )
     if budget is None:
         if basis is None:
-            raise ArgumentError(f"method {kind.name!r} without a basis needs a budget: Budget(tokens=512), say")
+            raise ArgumentError(
+                f"method {kind.name!r} without a basis needs a budget, got none; give Budget(tokens=512), say"
+            )
         budget = basis.budget
-    if not isinstance(budget, Budget):
-        raise ArgumentError(
-            f"budget must be a Budget, got {budget!r}; write Budget(tokens=512) or Budget(fraction=1/8)"
-        )
+    budget = Budget.checked(budget)
     tail = _tail_for(kind, basis, tail)
     if kind.principal_components and basis is not None:
         basis, per = basis.principal(), "query-head"
@@ -128,10 +129,9 @@ def _plan(index: int, head_dim: int, request: _Request, choice: LayerChoice | No
     kind, basis = request.kind, request.basis
     if choice == "dense":
         return LayerPlan(None, "asked for")
-    if choice is None and index in kind.default_dense_layers:
-        return LayerPlan(None, "attends diffusely")
-    if choice is None and kind.default_dense_layers and basis is not None and index in basis.dense_layers:
-        return LayerPlan(None, "marked by calibration")
+    reason = kind.reason_dense(index, () if basis is None else basis.dense_layers)
+    if choice is None and reason is not None:
+        return LayerPlan(None, reason)
     encoder = None
     if basis is not None and (kind.needs_basis or request.tail == "linear"):
         encoder = basis.encoder(index, request.planes)
@@ -156,13 +156,17 @@ def _planes_for(kind: type[Method], basis: KeyBasis | None, planes: Any) -> Plan
     if planes is None:
         quarter = max(1, basis.spec.head_dim // 4)
         return Planes((Plane(quarter, 32),)) if kind.principal_components else basis.planes
-    chosen = Planes.parse(planes) if isinstance(planes, str) else planes
-    if not isinstance(chosen, Planes):
-        raise ArgumentError(f"planes must be a string such as '16@4+32@2' or Planes, got {planes!r}")
+    chosen = Planes.of(planes)
     chosen.check_fits(basis.spec.head_dim)
     if kind.principal_components and not chosen.is_float:
         raise ArgumentError(f"method {kind.name!r} keeps float keys; got planes '{chosen}', give R@32 or R@16")
     return chosen
+
+
+def _work(model: PreTrainedModel, missing: str | None = None) -> Work:
+    """What a backend would have to run; ``missing`` is what the method lacks for native kernels."""
+    layout = HeadLayout.of(text_config(model))
+    return Work(model.dtype, model.device.type, layout.head_dim, layout.heads // layout.kv_heads, missing)
 
 
 def _check_basis(model: PreTrainedModel, basis: Any) -> None:
@@ -172,10 +176,12 @@ def _check_basis(model: PreTrainedModel, basis: Any) -> None:
     basis.spec.check_serves(ModelSpec.of(model, weights=False), other_weights=True)
 
 
-def _checked_layers(layers: dict[int, LayerChoice], modules: Mapping[int, Any]) -> dict[int, LayerChoice]:
+def _checked_layers(layers: Any, modules: Mapping[int, Any]) -> dict[int, LayerChoice]:
+    if not isinstance(layers, Mapping):
+        raise ArgumentError(f"layers must map layer numbers to what they do, {{1: 'dense'}} say; got {layers!r}")
     for index, choice in layers.items():
         if index not in modules:
             raise unknown_name("layer", index, tuple(str(i) for i in modules))
         if not isinstance(choice, Budget) and choice not in ("dense", "sparse"):
             raise ArgumentError(f"layer {index}: expected 'dense', 'sparse' or a Budget, got {choice!r}")
-    return layers
+    return dict(layers)

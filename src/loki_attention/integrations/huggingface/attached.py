@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from loki_attention.core.spec import layer_kinds
 from loki_attention.errors import ArgumentError, LokiWarning, ModelError
 from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
+from loki_attention.integrations.huggingface.dense_steps import ForwardRows, dense_native_step
 from loki_attention.integrations.huggingface.families import attention_modules, decoder_of, text_config
 from loki_attention.integrations.huggingface.generate_watch import GenerateWatch
 from loki_attention.integrations.huggingface.interception import (
@@ -81,6 +82,7 @@ class Attached:
         self._memory, self._peak_bytes = Memory(), 0
         sparse = sorted(layer for layer, plan in plans.items() if plan.method is not None)
         self._monitor = Monitor(settings.monitor, sparse) if settings.monitor is not None and sparse else None
+        self._rows = ForwardRows()
         self._methods: dict[tuple[int, torch.device, torch.dtype], Method] = {}
         outside = torch.compiler.disable
         self._redirection: Redirection | None = Redirection(model, attention_modules(model), self._attention)
@@ -89,7 +91,7 @@ class Attached:
             decoder.register_forward_pre_hook(outside(self._before_forward), with_kwargs=True),
             decoder.register_forward_hook(outside(self._after_forward), always_call=True),
         ]
-        self._generate = GenerateWatch(model, lambda cache, tokens: own_layers(cache, self._plans, tokens))
+        self._generate = GenerateWatch(model, lambda cache, tokens: own_layers(cache, self._running, tokens))
 
     def __enter__(self) -> "Attached":
         return self
@@ -172,6 +174,11 @@ class Attached:
             peak_bytes=self._peak_bytes,
         )
 
+    @property
+    def _running(self) -> list[int]:
+        """Our layers that a forward goes through: drafts by early exit end before the last."""
+        return [layer for layer in self._plans if layer < text_config(self._model).num_hidden_layers]
+
     @contextmanager
     def _ruled(self, rule: RowRule) -> Iterator[None]:
         before, self._rule = self._rule, rule
@@ -192,10 +199,11 @@ class Attached:
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)
         if cache is not None:
-            own_layers(cache, self._plans)
+            own_layers(cache, self._running)
             kwargs["past_key_values"] = cache
         _CACHE.set(cache)
         self._called.clear()
+        self._rows.forget()
         if self._trace is not None:
             self._trace.append({})
         return args, kwargs
@@ -205,7 +213,7 @@ class Attached:
         self._memory = Memory.of(store for store in stores if store is not None)
         self._peak_bytes = max(self._peak_bytes, self._memory.total)
         _CACHE.set(None)
-        missed = sorted(set(self._plans) - self._called)
+        missed = sorted(set(self._running) - self._called)
         if output is not None and missed:
             raise ModelError(
                 f"attention of layers {missed} did not go through the attached method; detach and report it"
@@ -223,6 +231,8 @@ class Attached:
         found = self._sparse_rows(layer, tensors, method)
 
         def dense() -> Tensor:
+            if self._settings.backend.name == "native" and query.shape[2] == 1:
+                return dense_native_step(tensors, self._rows(tensors))
             assert self._redirection is not None
             original = original_attention(module, self._redirection.original)
             return original(module, query, key, value, attention_mask, **kwargs)[0]
@@ -230,10 +240,11 @@ class Attached:
         if method is None or isinstance(found, str):
             self._tallies[layer].dense_steps[str(found)] += 1
             return dense(), None
-        answer = attend_sparse_rows(tensors, method, found)
+        checked = self._monitor is not None and query.shape[2] == 1 and self._monitor.is_due(layer)
+        answer = attend_sparse_rows(tensors, method, found, wants_indices=checked or self._trace is not None)
         self._count(layer, method, tensors, found, answer)
         self._note(layer, found, answer.indices, query.shape[2])
-        if self._monitor is not None and query.shape[2] == 1 and self._monitor.is_due(layer):
+        if self._monitor is not None and checked:
             self._monitor.check(layer, tensors, found, answer, dense().transpose(1, 2))
         sparse = answer.output.transpose(1, 2)
         if found.start == 0 and bool(found.active.all()):
@@ -250,7 +261,7 @@ class Attached:
             return "kept too little mass"
         if self._generate.in_prompt:
             return "prefill"
-        return find_sparse_rows(tensors, method, self._rule, self._settings.dense_below)
+        return find_sparse_rows(tensors, self._rows, method, self._rule, self._settings.dense_below)
 
     def _method(self, module: Any, query: Tensor, keys: Tensor) -> Method | None:
         """The layer's method with its encoder on the query's device, for the heads that this process sees."""
@@ -260,7 +271,9 @@ class Attached:
         key = (module.layer_idx, query.device, query.dtype)
         if key not in self._methods:
             heads = local_heads(module, len(method.encoder.mean), seen=keys.shape[1])
-            self._methods[key] = method.on(query.device, query.dtype, heads)
+            self._methods[key] = method.on(
+                query.device, query.dtype, heads, native=self._settings.backend.name == "native"
+            )
         return self._methods[key]
 
     def _count(self, layer: int, method: Method, tensors: Tensors, found: SparseRows, answer: Answer) -> None:

@@ -34,7 +34,7 @@ class PreallocatedLayer(DynamicLayer):
         self.is_initialized = True
 
     # Lengths change at every call: within a graph each would be a reason to compile anew.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def own_layers(cache: Cache, wanted: Collection[int], capacity: int = 0) -> None
     """
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         kind = f"an offloaded {type(cache).__name__}" if isinstance(cache, DynamicCache) else type(cache).__name__
-        raise ModelError(f"{kind} cannot carry low-rank keys; pass a DynamicCache, or none")
+        raise ModelError(f"{kind} cannot carry low-rank keys; pass a plain DynamicCache, or none")
     while len(cache.layers) <= max(wanted) and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.append(DynamicLayer())
     for i in wanted:

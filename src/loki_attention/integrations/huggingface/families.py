@@ -57,6 +57,8 @@ FAMILIES = {
 
 def family_of(model: Any) -> Family:
     """The model's family; raises ``ModelError`` for anything that is not a supported decoder."""
+    if isinstance(getattr(model, "_orig_mod", None), PreTrainedModel):
+        raise ModelError("this model is compiled; attach to the model that torch.compile was given, then compile it")
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained")
     return family_of_config(model.config)
@@ -64,16 +66,24 @@ def family_of(model: Any) -> Family:
 
 def family_of_config(config: Any) -> Family:
     """The family of a model's configuration; raises ``ModelError`` with the reason where it cannot be served."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{config.model_type!r} is an encoder-decoder model; only decoders are supported")
-    config = config.get_text_config(decoder=True)
-    reason = _refusal(config)
+    reason: str | None = "they are encoder-decoders; only decoders (causal language models) are"
+    if not getattr(config, "is_encoder_decoder", False):
+        config = config.get_text_config(decoder=True)
+        reason = _refusal(config)
     if reason is not None:
         raise ModelError(f"models of type {config.model_type!r} are not supported: {reason}")
     if not full_attention_layers(config):
         kinds = ", ".join(sorted(set(layer_kinds(config))))
-        raise ModelError(f"this {config.model_type} model has no full-attention layer (all are {kinds}); nothing to do")
+        raise ModelError(
+            f"this {config.model_type} model has no full-attention layer (all are {kinds}): nothing can be made sparse"
+        )
     return FAMILIES[config.model_type]
+
+
+def causal_model_class(config: Any) -> type[PreTrainedModel] | None:
+    """The class that transformers loads for a configuration as a causal language model, None where it has none."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return kind[0] if isinstance(kind, tuple) else kind
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -101,8 +111,7 @@ def _refusal(config: Any) -> str | None:
         return "ALiBi adds a bias by distance to every score, which low-rank keys do not know"
     if config.model_type in FAMILIES:
         return None
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    kind = kind[0] if isinstance(kind, tuple) else kind
+    kind = causal_model_class(config)
     if kind is None:
         return "transformers has no causal language model of this type"
     if not hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TextStreamer
 
-from loki_attention.errors import ArgumentError
+from loki_attention.errors import ArgumentError, check_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,7 @@ def generate_text(
     Greedy at temperature 0, else sampled at that temperature after ``torch.manual_seed(seed)``. Raises
     ``ArgumentError`` for a prompt without tokens, fewer than 1 new token and a negative temperature.
     """
-    if max_new_tokens < 1:
-        raise ArgumentError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    check_tokens("max_new_tokens", max_new_tokens, least=1)
     if not 0 <= temperature < float("inf"):
         raise ArgumentError(f"temperature must be 0 (greedy) or above; got {temperature}")
     encoded = tokenizer(prompt, return_tensors="pt", verbose=False)

@@ -80,7 +80,7 @@ def _register(original: str) -> str:
     name = _PREFIX + original
     if name not in ALL_ATTENTION_FUNCTIONS:
         # A compiled model runs its graphs up to here and goes on after: which handler is asked may change between calls.
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def redirected(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             handler = _HANDLERS.get(module) or original_attention(module, original)
             return handler(module, *args, **kwargs)

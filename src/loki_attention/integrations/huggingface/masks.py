@@ -14,9 +14,7 @@ def rows_of(mask: Tensor | None, batch: int, rows: int, slots: int, device: torc
     (B, 1, T, S), or the two-dimensional (B, S) of older models.
     """
     if mask is None:
-        valid = torch.ones(batch, slots, dtype=torch.bool, device=device)
-        count = torch.arange(slots - rows + 1, slots + 1, device=device).expand(batch, -1)
-        return Rows.of(valid, count)
+        return Rows.of_whole_prompts(batch, slots, rows, device)
     seen = _seen(mask, slots).expand(batch, -1, -1)
     return Rows.of(seen[:, -1], seen.sum(-1)[:, -rows:])
 

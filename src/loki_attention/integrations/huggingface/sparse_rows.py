@@ -1,5 +1,6 @@
 """Which rows of a forward are sparse, and their attention. The one place that knows decode from prefill."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -8,11 +9,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loki_attention.cache import LayerCache
+from loki_attention.cache import KeyEncoder, LayerCache
 from loki_attention.core.attention import Softmax
 from loki_attention.core.shapes import PackedKeys
 from loki_attention.core.tail import TailSums
-from loki_attention.integrations.huggingface.masks import check_nested, own_slots, rows_of
+from loki_attention.errors import ArgumentError
+from loki_attention.integrations.huggingface.masks import check_nested, own_slots
 from loki_attention.kernels import torch_backend
 from loki_attention.kernels.ops import rows_at_once
 from loki_attention.kernels.rows import Rows
@@ -51,17 +53,23 @@ class Tensors(NamedTuple):
     softmax: Softmax
 
 
-def find_sparse_rows(tensors: Tensors, method: Method, rule: RowRule | None, dense_below: int) -> SparseRows | str:
-    """The forward's sparse rows, or the reason why it is dense throughout."""
+def find_sparse_rows(
+    tensors: Tensors, rows_in: Callable[[Tensors], Rows], method: Method, rule: RowRule | None, dense_below: int
+) -> SparseRows | str:
+    """The forward's sparse rows, or the reason why it is dense throughout; ``rows_in`` tells what each row sees."""
     batch, _, count, _ = tensors.query.shape
     if count > 1 and rule is None:
         return "prefill"
     device = tensors.query.device
-    rows = rows_of(tensors.mask, batch, count, tensors.keys.shape[2], device)
+    rows = rows_in(tensors)
     active = torch.ones_like(rows.tokens, dtype=torch.bool)
     k = method.budgets(rows)
     if count > 1 and rule is not None:
         prompt = torch.as_tensor(rule.prompt_tokens, device=device).reshape(-1, 1)
+        if len(prompt) not in (1, batch):
+            raise ArgumentError(
+                f"prompt_tokens has {len(prompt)} entries for {batch} sequences; give one for each, or an int"
+            )
         active = own_slots(rows) & (rows.tokens > prompt)
         if rule.whole_window:
             k = torch.minimum(method.budget.of_each(rows.tokens[:, -1:]).expand_as(k), rows.tokens)
@@ -78,7 +86,7 @@ def find_sparse_rows(tensors: Tensors, method: Method, rule: RowRule | None, den
     return SparseRows(start, rows.chunk(start, count), k[:, start:], wanted[:, start:])
 
 
-def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows) -> Answer:
+def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows, *, wants_indices: bool) -> Answer:
     """The method's answer for the rows from ``found.start`` on."""
     query = tensors.query[:, :, found.start :]
     batch, heads, count, dim = query.shape
@@ -90,7 +98,9 @@ def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows) -> A
         part = slice(start, min(start + at_once, count))
         rows = found.rows.chunk(part.start, part.stop)
         encoded = method.encode(query[:, :, part], tensors.scale)
-        step = Step(query[:, :, part], layer, rows, found.k[:, part], tensors.scale, encoded, tensors.softmax)
+        step = Step(
+            query[:, :, part], layer, rows, found.k[:, part], tensors.scale, encoded, tensors.softmax, wants_indices
+        )
         answer = method.attend(step)
         outputs.append(answer.output)
         if answer.kept is not None:
@@ -104,19 +114,24 @@ def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows) -> A
 
 def view_of(tensors: Tensors, method: Method) -> LayerView:
     """The layer as a method sees it: twins and sums from the store, or made on the spot, once, where there is none."""
-    store, encoder = tensors.store, method.encoder
+    store, decoding = tensors.store, tensors.query.shape[2] == 1
 
     @cache
-    def twins() -> PackedKeys:
-        assert encoder is not None
-        return encoder.encode_keys(tensors.keys) if store is None else store.encode(encoder)
+    def twins(encoder: KeyEncoder) -> PackedKeys:
+        # Rows of one forward leave a decode step's tiles alone: they would all be encoded anew, and again after.
+        if store is not None and (decoding or store.twins is None or not store.twins.encoder.tiled):
+            return store.encode(encoder)
+        slots = tensors.keys.shape[2]
+        packed = encoder.buffer(len(tensors.keys), slots)
+        encoder.write(tensors.keys, packed, 0, slots)
+        return packed
 
     @cache
     def leading() -> Tensor:
-        return torch_backend.leading_dims(tensors.keys, encoder)
+        return torch_backend.leading_dims(tensors.keys, method.encoder)
 
-    def sums(rows: Rows) -> TailSums:
-        if store is not None and tensors.query.shape[2] == 1:
+    def sums(encoder: KeyEncoder | None, rows: Rows) -> TailSums:
+        if store is not None and decoding:
             held = store.absorb(encoder, rows)
             return TailSums(held.tokens[:, None], *(tensor.unsqueeze(2) for tensor in held[1:]))
         return torch_backend.sums_of_blocks(leading(), tensors.values, rows)
