@@ -1,4 +1,4 @@
-"""Pictures of a basis and of the demo's answers, as PNG files. The only importer of matplotlib.
+"""Pictures of a basis, of the demo's answers and of measured speed, as PNG files. The only importer of matplotlib.
 
 Draws on figures of its own with the Agg canvas: no window, no pyplot, nothing of matplotlib's global state. Knows how
 things look; the numbers come from ``analysis.rank``, ``evaluation.held_out`` and ``evaluation.answers``.
@@ -7,7 +7,7 @@ things look; the numbers come from ``analysis.rank``, ``evaluation.held_out`` an
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,14 @@ _DOTS_PER_INCH = 150
 _SMALLEST_KL = 1e-8
 _MOST_NAMED_LAYERS = 12
 _MOST_NAMED_HEADS = 16
+
+
+class Curve(NamedTuple):
+    """A line of a picture: what it is of, lengths in tokens, and a value for each."""
+
+    label: str
+    tokens: Sequence[int]
+    values: Sequence[float]
 
 
 def can_draw() -> bool:
@@ -77,6 +85,28 @@ def write_answers_figure(scores: Sequence[Score], folder: str | Path) -> Path:
     left.invert_yaxis()
     right.set(title="Read from the cache at every step", xlabel="bytes, % of dense attention's", xlim=(0, 122))
     return _write(figure, Path(folder) / "answers.png")
+
+
+def write_curves_figure(
+    curves: Sequence[Curve], folder: str | Path, name: str, *, title: str, label: str, marked: int | None = None
+) -> Path:
+    """``name``.png in ``folder``: values by length, both axes logarithmic; a vertical line at ``marked`` tokens."""
+    figure = _figure(7.5, 4.8)
+    axes = figure.subplots()
+    colors, markers = (_GREY, _ORANGE, _GREEN, _BLUE, _RED, _PURPLE, _SKY), "sx^oDv*"
+    for i, curve in enumerate(curves):
+        color, marker = colors[i % len(colors)], markers[i % len(markers)]
+        axes.plot(curve.tokens, curve.values, color=color, marker=marker, label=curve.label)
+    if marked is not None:
+        axes.axvline(marked, color=_GREY, linestyle=":", label=f"{marked:,} tokens")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    lengths = sorted({tokens for curve in curves for tokens in curve.tokens})
+    axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
+    axes.set(title=title, xlabel="tokens in the cache", ylabel=label)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _plain(axes)
+    return _write(figure, Path(folder) / f"{name}.png")
 
 
 def _figures_of(basis: KeyBasis) -> Iterator[tuple[str, "Figure"]]:

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from loki_attention import __version__
+from loki_attention.cli.bench import bench
 from loki_attention.cli.calibrate import CALIBRATE_EXAMPLES, calibrate_command
 from loki_attention.cli.demo import DEMO_EXAMPLES, demo_command
 from loki_attention.cli.generate import GENERATE_EXAMPLES, generate_command
@@ -63,6 +64,7 @@ app.command("info", epilog=INFO_EXAMPLES)(info_command)
 app.command("calibrate", epilog=CALIBRATE_EXAMPLES)(calibrate_command)
 app.command("inspect", epilog=INSPECT_EXAMPLES)(inspect_command)
 app.command("generate", epilog=GENERATE_EXAMPLES)(generate_command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
