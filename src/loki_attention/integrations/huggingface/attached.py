@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 from loki_attention.core.spec import layer_kinds
 from loki_attention.errors import ArgumentError, LokiWarning, ModelError
 from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
-from loki_attention.integrations.huggingface.dense_steps import ForwardRows, dense_native_step
 from loki_attention.integrations.huggingface.families import attention_modules, decoder_of, text_config
+from loki_attention.integrations.huggingface.forward import Forward, dense_native_step
 from loki_attention.integrations.huggingface.generate_watch import GenerateWatch
 from loki_attention.integrations.huggingface.interception import (
     WEIGHTS_WANTED,
@@ -34,10 +34,9 @@ from loki_attention.integrations.huggingface.sparse_rows import (
     SparseRows,
     Tensors,
     attend_sparse_rows,
-    find_sparse_rows,
 )
 from loki_attention.kernels.ops import Backend
-from loki_attention.methods import Answer, Method
+from loki_attention.methods import Method
 
 _LENGTH_MARGIN = 1.5
 Trace = list[dict[int, Tensor]]
@@ -76,13 +75,12 @@ class Attached:
         self._model, self._plans, self._settings = model, dict(plans), settings
         self._rule: RowRule | None = None
         self._trace: Trace | None = None
-        self._called: set[int] = set()
         self._warned_of_length = False
         self._tallies = {layer: Tally() for layer in plans}
         self._memory, self._peak_bytes = Memory(), 0
         sparse = sorted(layer for layer, plan in plans.items() if plan.method is not None)
         self._monitor = Monitor(settings.monitor, sparse) if settings.monitor is not None and sparse else None
-        self._rows = ForwardRows()
+        self._forward = Forward(None, 0)
         self._methods: dict[tuple[int, torch.device, torch.dtype], Method] = {}
         outside = torch.compiler.disable
         self._redirection: Redirection | None = Redirection(model, attention_modules(model), self._attention)
@@ -202,8 +200,7 @@ class Attached:
             own_layers(cache, self._running)
             kwargs["past_key_values"] = cache
         _CACHE.set(cache)
-        self._called.clear()
-        self._rows.forget()
+        self._forward = Forward(self._rule, self._settings.dense_below)
         if self._trace is not None:
             self._trace.append({})
         return args, kwargs
@@ -213,7 +210,7 @@ class Attached:
         self._memory = Memory.of(store for store in stores if store is not None)
         self._peak_bytes = max(self._peak_bytes, self._memory.total)
         _CACHE.set(None)
-        missed = sorted(set(self._running) - self._called)
+        missed = sorted(set(self._running) - self._forward.called)
         if output is not None and missed:
             raise ModelError(
                 f"attention of layers {missed} did not go through the attached method; detach and report it"
@@ -223,7 +220,7 @@ class Attached:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         layer: int = module.layer_idx
-        self._called.add(layer)
+        self._forward.called.add(layer)
         store = store_of(_CACHE.get(), layer)
         self._warn_if_too_long(key.shape[2])
         tensors = Tensors(query, key, value, attention_mask, float(kwargs["scaling"]), store, softmax_of(kwargs))
@@ -232,7 +229,7 @@ class Attached:
 
         def dense() -> Tensor:
             if self._settings.backend.name == "native" and query.shape[2] == 1:
-                return dense_native_step(tensors, self._rows(tensors))
+                return dense_native_step(tensors, self._forward.rows(tensors))
             assert self._redirection is not None
             original = original_attention(module, self._redirection.original)
             return original(module, query, key, value, attention_mask, **kwargs)[0]
@@ -242,7 +239,7 @@ class Attached:
             return dense(), None
         checked = self._monitor is not None and query.shape[2] == 1 and self._monitor.is_due(layer)
         answer = attend_sparse_rows(tensors, method, found, wants_indices=checked or self._trace is not None)
-        self._count(layer, method, tensors, found, answer)
+        self._tallies[layer].add_step(method, tensors, found, answer)
         self._note(layer, found, answer.indices, query.shape[2])
         if self._monitor is not None and checked:
             self._monitor.check(layer, tensors, found, answer, dense().transpose(1, 2))
@@ -261,7 +258,9 @@ class Attached:
             return "kept too little mass"
         if self._generate.in_prompt:
             return "prefill"
-        return find_sparse_rows(tensors, self._rows, method, self._rule, self._settings.dense_below)
+        if tensors.query.shape[2] > 1 and self._rule is None:
+            return "prefill"
+        return self._forward.sparse_rows(tensors, method)
 
     def _method(self, module: Any, query: Tensor, keys: Tensor) -> Method | None:
         """The layer's method with its encoder on the query's device, for the heads that this process sees."""
@@ -275,17 +274,6 @@ class Attached:
                 query.device, query.dtype, heads, native=self._settings.backend.name == "native"
             )
         return self._methods[key]
-
-    def _count(self, layer: int, method: Method, tensors: Tensors, found: SparseRows, answer: Answer) -> None:
-        cached, read = found.rows.tokens[found.active], found.k[found.active]
-        kv_heads = tensors.keys.shape[1]
-        row_bytes = tensors.keys.shape[3] * tensors.keys.element_size()
-        group = tensors.query.shape[1] // kv_heads
-        read_bytes = kv_heads * float(method.read_bytes(cached, read, group, row_bytes).sum())
-        dense_bytes = float(2 * kv_heads * row_bytes * cached.sum())
-        self._tallies[layer].add_rows(cached, read, read_bytes, dense_bytes)
-        if answer.kept is not None:
-            self._tallies[layer].kept.add(answer.kept.transpose(1, 2)[found.active])
 
     def _note(self, layer: int, found: SparseRows, indices: Tensor | None, rows: int) -> None:
         if self._trace is None or indices is None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from loki_attention.cache import LayerCache
 from loki_attention.integrations.huggingface.monitor import MonitorReport
+from loki_attention.integrations.huggingface.sparse_rows import SparseRows, Tensors
 from loki_attention.kernels.ops import Backend
+from loki_attention.methods import Answer, Method
 
 
 @dataclass(slots=True)
@@ -26,14 +28,21 @@ class Tally:
     bytes_dense: float = 0.0
     kept: "KeptMass" = field(default_factory=lambda: KeptMass())
 
-    def add_rows(self, cached: Tensor, read: Tensor, read_bytes: float, dense_bytes: float) -> None:
-        """Count one sparse step: ``cached`` and ``read`` hold one entry a sparse row."""
+    def add_step(self, method: Method, tensors: Tensors, found: SparseRows, answer: Answer) -> None:
+        """Count one sparse step of a layer."""
+        cached, read = found.rows.tokens[found.active], found.k[found.active]
+        kv_heads = tensors.keys.shape[1]
+        row_bytes = tensors.keys.shape[3] * tensors.keys.element_size()
+        tokens = int(cached.sum())
         self.sparse_steps += 1
         self.sparse_rows += cached.numel()
-        self.tokens_cached += int(cached.sum())
+        self.tokens_cached += tokens
         self.tokens_read += int(read.sum())
-        self.bytes_read += read_bytes
-        self.bytes_dense += dense_bytes
+        group = tensors.query.shape[1] // kv_heads
+        self.bytes_read += kv_heads * float(method.read_bytes(cached, read, group, row_bytes).sum())
+        self.bytes_dense += float(2 * kv_heads * row_bytes * tokens)
+        if answer.kept is not None:
+            self.kept.add(answer.kept.transpose(1, 2)[found.active])
 
 
 class KeptMass:

@@ -1,6 +1,5 @@
 """Which rows of a forward are sparse, and their attention. The one place that knows decode from prefill."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -54,14 +53,11 @@ class Tensors(NamedTuple):
 
 
 def find_sparse_rows(
-    tensors: Tensors, rows_in: Callable[[Tensors], Rows], method: Method, rule: RowRule | None, dense_below: int
+    mask: Tensor | None, rows: Rows, method: Method, rule: RowRule | None, dense_below: int
 ) -> SparseRows | str:
-    """The forward's sparse rows, or the reason why it is dense throughout; ``rows_in`` tells what each row sees."""
-    batch, _, count, _ = tensors.query.shape
-    if count > 1 and rule is None:
-        return "prefill"
-    device = tensors.query.device
-    rows = rows_in(tensors)
+    """The forward's sparse rows, or the reason why it is dense throughout."""
+    batch, count = rows.tokens.shape
+    device = rows.tokens.device
     active = torch.ones_like(rows.tokens, dtype=torch.bool)
     k = method.budgets(rows)
     if count > 1 and rule is not None:
@@ -73,7 +69,7 @@ def find_sparse_rows(
         active = own_slots(rows) & (rows.tokens > prompt)
         if rule.whole_window:
             k = torch.minimum(method.budget.of_each(rows.tokens[:, -1:]).expand_as(k), rows.tokens)
-        check_nested(tensors.mask, rows, active)
+        check_nested(mask, rows, active)
     if not bool(active.any()):
         return "prompt rows"
     k = torch.where(rows.tokens < dense_below, rows.tokens, k)

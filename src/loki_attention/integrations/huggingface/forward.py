@@ -1,0 +1,53 @@
+"""What a forward's layers share while it runs, and dense decode on the native kernels."""
+
+import torch
+from torch import Tensor
+
+from loki_attention.core.budget import Budget
+from loki_attention.integrations.huggingface.masks import rows_of
+from loki_attention.integrations.huggingface.sparse_rows import RowRule, SparseRows, Tensors, find_sparse_rows
+from loki_attention.kernels import native
+from loki_attention.kernels.rows import Rows
+from loki_attention.methods import Method
+
+
+class Forward:
+    """What the layers of one forward have in common, worked out for the first of them that asks."""
+
+    def __init__(self, rule: RowRule | None, dense_below: int) -> None:
+        self.called: set[int] = set()
+        self._rule, self._dense_below = rule, dense_below
+        self._seen: tuple[Tensor | None, torch.Size, int] | None = None
+        self._rows: Rows | None = None
+        self._found: dict[Budget, SparseRows | str] = {}
+
+    def rows(self, tensors: Tensors) -> Rows:
+        """What each query row of a layer sees."""
+        query, slots = tensors.query, tensors.keys.shape[2]
+        seen = (tensors.mask, query.shape, slots)
+        known = self._seen is not None and self._seen[0] is seen[0] and self._seen[1:] == seen[1:]
+        if self._rows is None or not known:
+            self._rows = rows_of(tensors.mask, len(query), query.shape[2], slots, query.device)
+            self._seen, self._found = seen, {}
+        return self._rows
+
+    def sparse_rows(self, tensors: Tensors, method: Method) -> SparseRows | str:
+        """A layer's sparse rows, or the reason why it is dense throughout."""
+        rows = self.rows(tensors)
+        if method.budget not in self._found:
+            self._found[method.budget] = find_sparse_rows(tensors.mask, rows, method, self._rule, self._dense_below)
+        return self._found[method.budget]
+
+
+def dense_native_step(tensors: Tensors, rows: Rows) -> Tensor:
+    """Dense attention of one new token a sequence, (B, 1, H, D) as transformers wants it."""
+    output = native.dense_decode(
+        tensors.query,
+        tensors.keys,
+        tensors.values,
+        rows.span or rows,
+        tensors.scale,
+        soft_cap=tensors.softmax.softcap,
+        learned_sinks=tensors.softmax.sink_logits,
+    )
+    return output.transpose(1, 2)
