@@ -1,4 +1,4 @@
-"""Write docs/results.md, and the short table in README.md, from the result files. No figure is typed by hand.
+"""Write docs/results.md, docs/speed.md and the short tables in README.md from the result files. No figure is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -9,10 +9,12 @@ from typing import Any
 
 from loki_attention.files import written_whole
 from loki_attention.results import Environment, Result, load_results
+from speed_tables import short_tables, speed_document
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- made by benchmarks/tables.py -->\n", "<!-- end -->\n"
+SPEED_BEGIN, SPEED_END = "<!-- speed, made by benchmarks/tables.py -->\n", "<!-- end of speed -->\n"
 SHORT = ("exact-topk, query-head", "exact-topk, kv-head", "loki", "loki, tail none", "paper-loki", "streaming")
 INTRODUCTION = """# Results of the bundled model
 
@@ -44,9 +46,18 @@ def main() -> None:
     ]
     write(ROOT / "docs" / "results.md", "\n".join(parts))
     short = "\n".join([short_table(losses), made_by(perplexity.environment)])
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(BEGIN)
-    write(ROOT / "README.md", f"{before}{BEGIN}{short}{END}{rest.split(END)[1]}")
+    readme = between((ROOT / "README.md").read_text(encoding="utf-8"), BEGIN, END, short)
+    speed, short_speed = speed_document(RESULTS), short_tables(RESULTS)
+    if speed is not None and short_speed is not None:
+        write(ROOT / "docs" / "speed.md", speed)
+        readme = between(readme, SPEED_BEGIN, SPEED_END, short_speed)
+    write(ROOT / "README.md", readme)
+
+
+def between(text: str, begin: str, end: str, content: str) -> str:
+    """The text with ``content`` in place of what stands between two markers."""
+    before, rest = text.split(begin)
+    return f"{before}{begin}{content}{end}{rest.split(end, 1)[1]}"
 
 
 def by_variant(results: Iterable[Result]) -> dict[str, dict[str, Result]]:

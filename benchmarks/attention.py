@@ -1,0 +1,48 @@
+"""One layer's decode step on the CPU: torch, ours, loki, and what reading alone costs. The table of record.
+
+Every provider is checked against a reference before anything is timed. Resumable: run the same command again. Needs an idle
+machine: load is recorded with every case, and a busy one is warned of.
+
+    python benchmarks/attention.py -o benchmarks/results/cpu-attention.json
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loki_attention.benchmarking.attention import Suite, measure
+from loki_attention.benchmarking.resumable import run_items
+from loki_attention.benchmarking.timing import machine
+from loki_attention.results import Result, environment, hardware, save_results
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--longest", type=int, default=131072, help="leave out longer caches (default 131072)")
+    parser.add_argument("--largest-batch", type=int, default=8, help="leave out larger batches (default 8)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="timed rounds (default 15; fewer for the largest caches)"
+    )
+    arguments = parser.parse_args()
+    made_by = environment(dtype="bfloat16")
+    suite = Suite(rounds=arguments.rounds)
+    cases = [c for c in suite.cases if c.tokens <= arguments.longest and c.batch <= arguments.largest_batch]
+
+    def one(index: int) -> list[dict[str, Any]]:
+        torch.manual_seed(0)
+        return [asdict(result) for result in measure(cases[index], suite).results]
+
+    key = f"{[str(case) for case in cases]} {suite.rounds} {hardware()} {machine()} {made_by.commit} {made_by.versions}"
+    partial = arguments.output.with_suffix(".partial")
+    items = run_items(partial, key, len(cases), one)
+    save_results(arguments.output, [Result(**row) for item in items for row in item], made_by)
+    partial.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The speed tables of docs/results.md and README.md, from the CPU result files. Used by ``tables.py``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loki_attention.benchmarking.comparison import Compared, by_case, compared, named
+from loki_attention.benchmarking.generate import BREAK_EVEN, DEFAULT, VARIANTS
+from loki_attention.results import Environment, Result, SavedResults, load_results
+
+ATTENTION, GENERATE = "cpu-attention.json", "cpu-generate.json"
+SHORT_LENGTHS = (8192, 32768, 131072)
+INTRODUCTION = """# Speed on the CPU
+
+One decode step of one layer, bfloat16, from cold caches, all providers interleaved in one process; medians, with 20th and 80th
+percentile in brackets. *Of probe*: the time of merely reading the same bytes (a streaming loop; for selected rows a loop
+over those very rows), over this time. *Over sdpa*: torch's `scaled_dot_product_attention(..., enable_gqa=True)`. *Over dense*: the
+fastest dense attention measured in that case, ours included. Selected tokens lie uniformly at random (the worst case
+for memory) or as the bundled model selects them (`recorded`).
+"""
+
+
+def speed_document(folder: Path) -> str | None:
+    """All of docs/speed.md, None where neither file is there."""
+    parts = [INTRODUCTION]
+    attention, generate = saved(folder / ATTENTION), saved(folder / GENERATE)
+    if attention is not None:
+        parts += [case_table(case) for case in by_case(attention.results).values()]
+        parts.append(made_by(attention.environment))
+    if generate is not None:
+        parts += ["## Whole generation\n", generate_table(generate.results), made_by(generate.environment)]
+    return "\n".join(parts) if len(parts) > 1 else None
+
+
+def short_tables(folder: Path) -> str | None:
+    """What README.md shows, None where neither file is there."""
+    parts = []
+    attention, generate = saved(folder / ATTENTION), saved(folder / GENERATE)
+    if attention is not None:
+        parts += [short_table(attention.results), made_by(attention.environment)]
+    if generate is not None:
+        parts += [generate_table(generate.results), made_by(generate.environment)]
+    return "\n".join(parts) or None
+
+
+def saved(path: Path) -> SavedResults | None:
+    """A result file, None where it is not there yet."""
+    return load_results(path) if path.exists() else None
+
+
+def case_table(case: Sequence[Result]) -> str:
+    """Every provider on one case."""
+    config = case[0].config
+    others = "" if config["others_cpu"] is None else f", others took {config['others_cpu']:.1%} of the CPU time"
+    lines = [
+        f"## {config['heads']}, batch {config['batch']}, {config['tokens']:,} tokens, {config['selection']} selection\n",
+        f"{config['isa']}, {config['threads']} threads, load {config['load_before']:.2f} before and "
+        f"{config['load_after']:.2f} after{others}.\n",
+        "| provider | ms | MB read | of probe | over sdpa | over dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(row, compared(case))]) + "\n"
+
+
+def row(one: Compared) -> str:
+    """A line of a case's table."""
+    result, config = one.result, one.result.config
+    name = f"**{named(result)}**" if config["provider"] == "loki" else named(result)
+    share = "" if config["share_of_probe"] is None else f"{config['share_of_probe']:.0%}"
+    return (
+        f"| {name} | {1e3 * result.value:.3f} [{1e3 * config['p20']:.3f}, {1e3 * config['p80']:.3f}] | "
+        f"{(result.read_bytes or 0) / 1e6:.2f} | {share} | {gain(one.over_sdpa)} | {gain(one.over_dense)} |"
+    )
+
+
+def gain(times: float | None) -> str:
+    """How many times faster."""
+    return "" if times is None else f"{times:.2f}x"
+
+
+def short_table(results: Sequence[Result]) -> str:
+    """Loki with its first planes at batch 1, a row a shape, length and selection."""
+    lines = [
+        "| heads/KV heads/D, tokens, selection | torch sdpa, ms | our dense | loki 1/8 | over sdpa · over dense | 1/16 | 1/32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (heads, batch, tokens, _, selection), case in by_case(results).items():
+        if batch == 1 and tokens in SHORT_LENGTHS:
+            rows = {named(one.result): one for one in compared(case)}
+            loki = [one for one in rows.values() if one.result.config["provider"] == "loki"]
+            ours = [one for one in loki if one.result.config["tail"] != "none"]
+            first = [one for one in ours if one.result.config["planes"] == ours[0].result.config["planes"]]
+            cells = [f"{1e3 * rows[name].result.value:.2f}" for name in ("sdpa", "dense (ours)")]
+            cells.append(f"{1e3 * first[0].result.value:.2f}")
+            cells += [f"{gain(one.over_sdpa)} · {gain(one.over_dense)}" for one in first]
+            lines.append(f"| {heads}, {tokens:,}, {selection} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def generate_table(results: Sequence[Result]) -> str:
+    """Tokens/s, a row a length."""
+    config = results[0].config
+    variants = [name for name in VARIANTS if any(one.config["variant"] == name for one in results)]
+    lines = [
+        f"Random model: {config['model']}, vocabulary {config['vocabulary']}; budget {loki_budget(results)}.\n",
+        "| tokens/s over a cache of | " + " | ".join(variants) + " |",
+        "|---|" + "---|" * len(variants),
+    ]
+    for tokens in dict.fromkeys(one.config["tokens"] for one in results):
+        of = {one.config["variant"]: one for one in results if one.config["tokens"] == tokens}
+        cells = [f"{of[name].value:.2f} ({of[name].value / of[DEFAULT].value:.2f}x)" for name in variants]
+        lines.append(f"| {tokens:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def loki_budget(results: Sequence[Result]) -> str:
+    """The budget of the sparse variants."""
+    return next((str(one.config["budget"]) for one in results if one.config["variant"] not in (DEFAULT, BREAK_EVEN)
+                 and one.config["budget"]), "none")  # fmt: skip
+
+
+def made_by(environment: Environment) -> str:
+    """Command, hardware, versions and commit in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return (
+        f"`{environment.command}` · {environment.hardware} · {environment.threads} threads · {environment.dtype} · {versions} · "
+        f"commit {environment.commit} · {environment.date[:10]}\n"
+    )

@@ -1,0 +1,55 @@
+"""The generation benchmark on a tiny model: every variant decodes, the gate comes first, caches are as before."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loki_attention.benchmarking import generate, timing
+from loki_attention.benchmarking.generate import SMALL_MODEL, VARIANTS, Generation, Suite
+from loki_attention.errors import LokiError
+from loki_attention.kernels import native
+
+if not native.available():
+    pytest.skip("the native extension is not built", allow_module_level=True)
+
+SUITE = Suite(shape=SMALL_MODEL, lengths=[300], new_tokens=3, rounds=2)
+
+
+@pytest.fixture(autouse=True)
+def _not_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "_BUSY_SHARE", 2.0)
+    monkeypatch.setattr(generate, "break_even", lambda shape: 128)
+
+
+def test_every_variant_is_timed():
+    measured = Generation(SUITE).measure(300)
+    assert [row.config["variant"] for row in measured.results] == list(VARIANTS)
+    assert all(row.value > 0 and row.unit == "tokens/s" and row.n == 2 for row in measured.results)
+    assert [row.config["budget"] is None for row in measured.results] == [True, True, False, False]
+
+
+def test_decoding_leaves_the_cache_as_long_as_it_was():
+    generation = Generation(SUITE)
+    cache, ids = generation._filled(300), generation._ids(301)
+    for name in VARIANTS:
+        with torch.inference_mode(), generation._attached(name):
+            generation._generate(ids, cache, 2)
+        assert cache.get_seq_length() == 300
+
+
+def test_wrong_logits_are_not_timed(monkeypatch):
+    generation = Generation(SUITE)
+    logits = generation._logits
+    monkeypatch.setattr(generation, "_logits", lambda name, budget: logits(name, budget) * (1 + (name == "loki")))
+    with pytest.raises(LokiError, match=r"loki with a budget of .* differ from dense ones by 1.*nothing is timed"):
+        generation._check()
+
+
+def test_the_model_has_the_shape_asked_for():
+    model = generate.random_model(replace(SMALL_MODEL, layers=3), torch.bfloat16)
+    assert len(model.model.layers) == 3
+    assert model.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+    full = generate.ModelShape().config
+    assert (full["num_hidden_layers"], full["hidden_size"], full["intermediate_size"]) == (16, 2048, 8192)
