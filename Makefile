@@ -19,7 +19,7 @@ STAMP := $(VENV)/.stamp
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest fuzz sanitize lint bench docs clean
+.PHONY: help demo test test-all test-oldest fuzz sanitize lint bench bench-cpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -76,6 +76,11 @@ bench: $(STAMP) ## the tables of record: make bench TEST_TEXT=wiki.test.raw TRAI
 	@set -e; for table in wikitext2 retrieval; do \
 		$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$$table.py --text '$(TEST_TEXT)' \
 			--calibration-text '$(TRAIN_TEXT)' -o benchmarks/results/$$table.json; done
+
+bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine (half an hour to an hour; resumable)
+	@set -e; for table in attention generate; do \
+		$(OFFLINE) $(BIN)/python benchmarks/$$table.py -o benchmarks/results/cpu-$$table.json; done
+	$(BIN)/python benchmarks/tables.py
 
 docs: $(STAMP) ## run the examples and check the links of README.md, CONTRIBUTING.md and docs/
 	$(OFFLINE) $(BIN)/pytest tests/test_docs.py

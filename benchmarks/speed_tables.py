@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loki_attention.benchmarking.comparison import Compared, by_case, compared, named
 from loki_attention.benchmarking.generate import BREAK_EVEN, DEFAULT, VARIANTS
-from loki_attention.results import Environment, Result, SavedResults, load_results
+from loki_attention.results import Environment, Result, SavedResults, Setting, load_results
 
 ATTENTION, GENERATE = "cpu-attention.json", "cpu-generate.json"
 SHORT_LENGTHS = (8192, 32768, 131072)
@@ -24,7 +24,8 @@ def speed_document(folder: Path) -> str | None:
     parts = [INTRODUCTION]
     attention, generate = saved(folder / ATTENTION), saved(folder / GENERATE)
     if attention is not None:
-        parts += [case_table(case) for case in by_case(attention.results).values()]
+        parts += summaries(attention.results)
+        parts += [case_table(case) for key, case in by_case(attention.results).items() if in_full(key)]
         parts.append(made_by(attention.environment))
     if generate is not None:
         parts += ["## Whole generation\n", generate_table(generate.results), made_by(generate.environment)]
@@ -47,12 +48,65 @@ def saved(path: Path) -> SavedResults | None:
     return load_results(path) if path.exists() else None
 
 
+def in_full(key: tuple[Setting, ...]) -> bool:
+    """Whether a case's whole table is shown: batch 1, random selection, the lengths of the short table."""
+    _, batch, tokens, _, selection = key
+    return batch == 1 and tokens in SHORT_LENGTHS and selection == "random"
+
+
+def summaries(results: Sequence[Result]) -> list[str]:
+    """A table for every shape, batch and selection: a row a length and layout of the low-rank keys."""
+    groups: dict[tuple[Setting, ...], list[str]] = {}
+    for (heads, batch, _, _, selection), case in by_case(results).items():
+        groups.setdefault((heads, batch, selection), []).extend(summary_rows(case))
+    tables = []
+    for (heads, batch, selection), lines in groups.items():
+        head = [
+            f"## {heads}, batch {batch}, {selection} selection\n",
+            "| tokens, planes | sdpa, ms | our dense, ms (of probe) | select (of probe) | attend 1/8 (of probe) | "
+            "step 1/8, ms (of probe) | over sdpa · dense at 1/8 | 1/16 | 1/32 | tail's share of 1/8 |",
+            "|" + "---|" * 10,
+        ]
+        tables.append("\n".join([*head, *lines]) + "\n")
+    return tables
+
+
+def summary_rows(case: Sequence[Result]) -> list[str]:
+    """A line for each layout of a case."""
+    rows = {named(one.result): one for one in compared(case)}
+    layouts = dict.fromkeys(str(one.config["planes"]) for one in case if one.config["provider"] == "loki")
+    lines = []
+    for planes in layouts:
+        steps = [rows[name] for name in rows if name.startswith(f"loki {planes} ") and not name.endswith("no tail")]
+        first = steps[0].result
+        bare = rows[f"{named(first)} no tail"].result
+        cells = [
+            f"{case[0].config['tokens']:,}, {planes}",
+            f"{1e3 * rows['sdpa'].result.value:.2f}",
+            timed(rows["dense (ours)"].result),
+            timed(rows[f"select {planes}"].result),
+            timed(rows[f"attend {first.config['fraction']}"].result),
+            timed(first),
+            *(f"{gain(one.over_sdpa)} · {gain(one.over_dense)}" for one in steps),
+            *[""] * (3 - len(steps)),
+            f"{1 - bare.value / first.value:.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def timed(result: Result) -> str:
+    """Milliseconds, and what reading alone takes of them."""
+    share = result.config["share_of_probe"]
+    return f"{1e3 * result.value:.3f}" + ("" if share is None else f" ({share:.0%})")
+
+
 def case_table(case: Sequence[Result]) -> str:
     """Every provider on one case."""
     config = case[0].config
     others = "" if config["others_cpu"] is None else f", others took {config['others_cpu']:.1%} of the CPU time"
     lines = [
-        f"## {config['heads']}, batch {config['batch']}, {config['tokens']:,} tokens, {config['selection']} selection\n",
+        f"### {config['heads']}, batch {config['batch']}, {config['tokens']:,} tokens, {config['selection']} selection\n",
         f"{config['isa']}, {config['threads']} threads, load {config['load_before']:.2f} before and "
         f"{config['load_after']:.2f} after{others}.\n",
         "| provider | ms | MB read | of probe | over sdpa | over dense |",

@@ -21,6 +21,17 @@ def test_calls_take_turns_from_empty_caches(monkeypatch):
     assert all(0 <= one.p20 <= one.median <= one.p80 for one in timings.values())
 
 
+def test_code_is_brought_back_before_the_clock_starts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(stopwatch, "empty_caches", lambda threads: seen.append("empty"))
+    calls, before = (
+        {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")},
+        {"b": lambda: seen.append("before b")},
+    )
+    timing.interleaved(calls, rounds=1, before=before, warm_up=0)
+    assert seen == ["empty", "a", "empty", "before b", "b"]
+
+
 def test_no_rounds_are_refused():
     with pytest.raises(ArgumentError, match="rounds must be"):
         timing.interleaved({}, rounds=0)

@@ -1,6 +1,7 @@
 """Models on the native kernels: decode steps equal the torch backend's, and the same exactness checks hold."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from models import BUDGET, random_ids, tiny_basis, tiny_model
 from replay import replayed
 
 SPARSE_LAYERS = (1, 2)
+attach_module = sys.modules["loki_attention.integrations.huggingface.attach"]
 
 
 def steps(model: PreTrainedModel, ids: Tensor, prompt: int = 150) -> tuple[Tensor, DynamicCache]:
@@ -110,6 +112,29 @@ def test_rows_of_one_forward_leave_the_tiles_alone() -> None:
         last = model(ids[:, 175:176], past_key_values=cache).logits
     torch.testing.assert_close(ours[0], expected[11:26, 0], rtol=0, atol=2e-2)
     torch.testing.assert_close(last[0, 0], expected[26, 0], rtol=0, atol=2e-2)
+
+
+def test_break_even_keeps_shorter_sequences_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = tiny_model(dtype=torch.float32), []
+
+    def measured(shape: object) -> int:
+        asked.append(shape)
+        return 160
+
+    monkeypatch.setattr(attach_module, "break_even", measured)
+    with attach(model, tiny_basis(), tail="linear", dense_below="break-even") as handle:
+        with torch.inference_mode():
+            steps(model, random_ids(1, 165))
+        report = handle.report()
+    (shape,) = asked
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.planes, shape.tail) == (4, 2, 16, "8@4", "linear")
+    assert report.layers[1].dense_steps == {"prefill": 1, "below dense_below": 9}
+    assert report.layers[1].sparse_steps == 6
+    assert "dense below 160 tokens" in str(report)
+    with pytest.raises(LokiError, match=r"measured on the native kernels, and this attachment runs on torch \(asked"):
+        attach(model, tiny_basis(), dense_below="break-even", backend="torch")
+    with pytest.raises(LokiError, match="dense_below must be a whole number"):
+        attach(model, tiny_basis(), dense_below="never")
 
 
 def test_the_choice_says_why() -> None:

@@ -241,13 +241,13 @@ def exact_topk(layer: Layer, budget: Budget, fraction: str) -> Provider:
 
 
 def dense_reference(layer: Layer) -> Tensor:
-    """Attention over all slots in float32, a key head at a time."""
-    case, output = layer.case, torch.empty(layer.query.shape)
+    """Attention over all slots in float64, a key head at a time."""
+    case, output = layer.case, torch.empty(layer.query.shape, dtype=torch.float64)
     for b in range(case.batch):
         for h in range(case.heads.kv_heads):
             rows = slice(h * case.heads.group, (h + 1) * case.heads.group)
-            scores = case.scale * layer.query[b, rows, 0].float() @ layer.keys[b, h].float().mT
-            output[b, rows, 0] = scores.softmax(-1) @ layer.values[b, h].float()
+            scores = case.scale * layer.query[b, rows, 0].double() @ layer.keys[b, h].double().mT
+            output[b, rows, 0] = scores.softmax(-1) @ layer.values[b, h].double()
     return output
 
 
@@ -281,12 +281,11 @@ def _flex(layer: Layer) -> Callable[[], object] | LeftOut:
     """Compiled flex attention, once it ran; it needs a C++ compiler, and not every CPU or shape has it."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    # A function that was compiled for eight shapes is not compiled again, but runs slowly.
-    torch._dynamo.reset()
     run = partial(torch.compile(flex_attention, dynamic=False), layer.query, layer.keys, layer.values,
                   scale=layer.case.scale, enable_gqa=layer.case.heads.group > 1)  # fmt: skip
     try:
-        with torch.inference_mode():
+        # A function that was compiled for eight shapes is not compiled again by default, but runs slowly.
+        with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=256):
             run()
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -129,11 +129,13 @@ def cache_file() -> Path:
 
 def measure(shape: BreakEvenShape, *, whole: bool = False, rounds: int = ROUNDS) -> BreakEven:
     """The break-even, measured now: lengths double until the sparse step was faster twice in a row."""
-    layer, points = _Layer(shape), list[Point]()
+    layer, other, points = _Layer(shape), _Layer(shape), list[Point]()
+    other.fill(_SHORTEST)
+    before = {"dense": other.dense(_SHORTEST), "sparse": other.sparse(_SHORTEST)}
     for tokens in _lengths(shape):
         layer.fill(tokens)
         calls = {"dense": layer.dense(tokens), "sparse": layer.sparse(tokens)}
-        timed = interleaved(calls, rounds=rounds, threads=shape.threads)
+        timed = interleaved(calls, rounds=rounds, before=before, threads=shape.threads)
         points.append(Point(tokens, timed["dense"].p20, timed["sparse"].p20))
         if not whole and len(points) > 1 and all(point.sparse < point.dense for point in points[-2:]):
             break

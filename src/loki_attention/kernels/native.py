@@ -230,10 +230,7 @@ def decode_step(
 def streaming_probe(
     *tensors: Tensor, ahead_bytes: int = 4096, isa: str | None = None, threads: int | None = None
 ) -> int:
-    """The XOR of all lines of contiguous tensors, read as fast as a prefetching loop can. For benchmarks.
-
-    ``ahead_bytes`` lie between what is read and what is fetched; which distance is best depends on the machine.
-    """
+    """The XOR of all lines of contiguous tensors, each fetched ``ahead_bytes`` before it is read. For benchmarks."""
     result = 0
     for tensor in tensors:
         arguments.check_plain("tensor", tensor)
@@ -254,10 +251,7 @@ def gather_probe(
     isa: str | None = None,
     threads: int | None = None,
 ) -> int:
-    """The XOR of the lines that :func:`attend` would read, in its order and split over threads as it is. For benchmarks.
-
-    ``ahead_tokens`` lie between the rows that are read and those that are fetched.
-    """
+    """The XOR of the rows that :func:`attend` would read, in its order, fetched ``ahead_tokens`` before. For benchmarks."""
     attention = _Attention(query, keys, values, 1.0, None, None)
     table, held = _index_table(indices, attention.shape)
     result: int = call(operations(isa).gather, thread_count(threads), attention.handle, table, ahead_tokens)

@@ -1,7 +1,8 @@
 """Medians of several callables timed in turn in one process, each from cold caches. Knows nothing of what they do.
 
 A decode step reads what many layers ago was last read: nothing of it is in the caches. Before every timed call a buffer
-larger than the last level of cache is read, so that keys and values come from memory as they do then.
+larger than the last level of cache is read, so that keys and values come from memory as they do then. That also drives out
+the code, which the layer before had just run: a call ``before`` the timed one, on other small data, brings it back.
 """
 
 import re
@@ -43,18 +44,26 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1, threads: int | None = None
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    warm_up: int = 1,
+    threads: int | None = None,
 ) -> dict[str, Timing]:
     """The timing of every call: ``rounds`` rounds in which each runs once, after ``warm_up`` rounds that are not counted.
 
-    What disturbs the machine for a while then disturbs all alike. Caches are emptied before every call. Raises
-    ``ArgumentError`` for fewer than one round.
+    What disturbs the machine for a while then disturbs all alike. Caches are emptied before every call, then what
+    ``before`` has under its name runs, not timed. Raises ``ArgumentError`` for fewer than one round.
     """
+    before = before or {}
     check_tokens("rounds", rounds, least=1, unit="rounds")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(warm_up + rounds):
         for name, call in calls.items():
             empty_caches(threads)
+            if name in before:
+                before[name]()
             start = time.perf_counter()
             call()
             taken = time.perf_counter() - start

@@ -13,12 +13,15 @@ from loki_attention.core.planes import Plane, Planes
 from loki_attention.core.spec import HeadLayout, ModelSpec
 from loki_attention.core.tail import check_tail
 from loki_attention.errors import ArgumentError, LokiWarning, check_tokens, unknown_name
-from loki_attention.integrations.huggingface.attached import Attached, LayerPlan, Settings
+from loki_attention.integrations.huggingface.attached import Attached
 from loki_attention.integrations.huggingface.families import attention_modules, text_config
 from loki_attention.integrations.huggingface.monitor import monitor_settings
-from loki_attention.kernels.ops import Work, choose_backend
+from loki_attention.integrations.huggingface.settings import LayerPlan, Settings
+from loki_attention.kernels.break_even import BreakEvenShape, break_even
+from loki_attention.kernels.ops import Backend, Work, choose_backend
 from loki_attention.methods import PER, Method, method_class
 
+BREAK_EVEN = "break-even"
 LayerChoice = str | Budget
 
 
@@ -32,7 +35,7 @@ def attach(
     tail: str | None = None,
     per: str = "kv-head",
     layers: Any = None,
-    dense_below: int = 0,
+    dense_below: Any = 0,
     monitor_every: Any = None,
     on_low_mass: Any = None,
     backend: str = "auto",
@@ -44,7 +47,8 @@ def attach(
     ``"none"``, ``"mean"`` or ``"linear"``, by default the basis's choice for loki and none for others. ``per`` is
     ``"kv-head"`` or, for research, ``"query-head"`` (paper-loki's rule). ``layers`` maps single layers' numbers to
     ``"dense"``, ``"sparse"`` or a ``Budget``; by default layer 0 and what calibration marked stay dense, and with the
-    paper's own methods none. Sequences shorter than ``dense_below`` tokens stay dense.
+    paper's own methods none. Sequences shorter than ``dense_below`` tokens stay dense; ``"break-even"`` is where this
+    machine's sparse steps overtake its dense ones, measured once and kept (native backend; else a number is needed).
     ``monitor_every=n`` checks every n-th decode step, on one layer in turn, against dense attention; ``report()`` says
     what it found. ``on_low_mass=(0.5, "warn")`` warns where a checked layer kept less than half of the attention mass,
     ``(0.5, "dense")`` leaves it dense from then on. Under ``backend="auto"`` the report says what was chosen and why.
@@ -55,7 +59,8 @@ def attach(
     modules = attention_modules(model)
     if basis is not None:
         _check_basis(model, basis)
-    check_tokens("dense_below", dense_below, least=0)
+    if dense_below != BREAK_EVEN:
+        check_tokens("dense_below", dense_below, least=0)
     monitor = monitor_settings(monitor_every, on_low_mass)
     choices = _checked_layers({} if layers is None else layers, modules)
     if kind is None:
@@ -68,16 +73,17 @@ def attach(
     plans = {index: _plan(index, head_dim, request, choices.get(index)) for index in modules}
     if all(plan.method is None for plan in plans.values()):
         warnings.warn("every layer stays dense: nothing will be sparse", LokiWarning, stacklevel=2)
+    chosen = choose_backend(backend, _work(model, kind.problem_with_native(request.planes, request.per)))
     return Attached(
         model,
         plans,
         Settings(
             method=method,
-            backend=choose_backend(backend, _work(model, kind.problem_with_native(request.planes, request.per))),
+            backend=chosen,
             budget=str(request.budget),
             planes=str(request.planes) if kind.needs_basis else None,
             tail=request.tail,
-            dense_below=dense_below,
+            dense_below=_break_even(model, request, chosen) if dense_below == BREAK_EVEN else dense_below,
             monitor=monitor,
             calibrated_length=basis.record.get("length") if basis is not None and kind.needs_basis else None,
         ),
@@ -167,6 +173,27 @@ def _work(model: PreTrainedModel, missing: str | None = None) -> Work:
     """What a backend would have to run; ``missing`` is what the method lacks for native kernels."""
     layout = HeadLayout.of(text_config(model))
     return Work(model.dtype, model.device.type, layout.head_dim, layout.heads // layout.kv_heads, missing)
+
+
+def _break_even(model: PreTrainedModel, request: _Request, backend: Backend) -> int:
+    """The length from which on this machine's sparse steps are faster than its dense ones, for one sequence."""
+    if backend.name != "native":
+        raise ArgumentError(
+            f"dense_below='break-even' is measured on the native kernels, and this attachment runs on {backend.name} "
+            f"({backend.reason}); give a number of tokens"
+        )
+    layout = HeadLayout.of(text_config(model))
+    return break_even(
+        BreakEvenShape(
+            heads=layout.heads,
+            kv_heads=layout.kv_heads,
+            head_dim=layout.head_dim,
+            dtype=model.dtype,
+            planes=str(request.planes),
+            budget=request.budget,
+            tail=request.tail,
+        )
+    )
 
 
 def _check_basis(model: PreTrainedModel, basis: Any) -> None:

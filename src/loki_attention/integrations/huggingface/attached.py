@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -26,43 +25,21 @@ from loki_attention.integrations.huggingface.interception import (
     original_attention,
     softmax_of,
 )
-from loki_attention.integrations.huggingface.monitor import Monitor, MonitorSettings
+from loki_attention.integrations.huggingface.monitor import Monitor
 from loki_attention.integrations.huggingface.parallel import local_heads
 from loki_attention.integrations.huggingface.report import LayerReport, Memory, Report, Tally
+from loki_attention.integrations.huggingface.settings import LayerPlan, Settings
 from loki_attention.integrations.huggingface.sparse_rows import (
     RowRule,
     SparseRows,
     Tensors,
     attend_sparse_rows,
 )
-from loki_attention.kernels.ops import Backend
 from loki_attention.methods import Method
 
 _LENGTH_MARGIN = 1.5
 Trace = list[dict[int, Tensor]]
 _CACHE: ContextVar[Cache | None] = ContextVar("loki_attention_cache", default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """What attachment does with a layer: a method, or none and the reason why it stays dense."""
-
-    method: Method | None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the report says of an attachment as a whole."""
-
-    method: str
-    backend: Backend
-    budget: str = "all tokens"
-    planes: str | None = None
-    tail: str = "none"
-    dense_below: int = 0
-    calibrated_length: int | None = None
-    monitor: MonitorSettings | None = None
 
 
 class Attached:
@@ -164,6 +141,7 @@ class Attached:
             budget=settings.budget,
             planes=settings.planes,
             tail=settings.tail,
+            dense_below=settings.dense_below,
             backend=settings.backend,
             layers=layers,
             other_layers={i: kind for i, kind in enumerate(kinds) if i not in self._plans},

@@ -133,12 +133,17 @@ class Report:
     budget: str
     planes: str | None
     tail: str
+    dense_below: int
     backend: Backend
     layers: tuple[LayerReport, ...]
     other_layers: Mapping[int, str]
     monitor: MonitorReport | None
     memory: Memory
     peak_bytes: int
+
+    @property
+    def _threshold(self) -> str:
+        return f", dense below {self.dense_below} tokens" if self.dense_below else ""
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -173,7 +178,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.method}, {self.budget}, planes {self.planes or '-'}, tail {self.tail}",
+            f"{self.method}, {self.budget}, planes {self.planes or '-'}, tail {self.tail}{self._threshold}",
             f"backend {self.backend.name}: {self.backend.reason}",
             f"{'layer':>5}  {'mode':<6}  {'sparse steps':>12}  {'tokens read':>12}  {'bytes read':>10}  {'mass kept':>9}"
             "  dense steps",
