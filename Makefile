@@ -77,7 +77,7 @@ bench: $(STAMP) ## the tables of record: make bench TEST_TEXT=wiki.test.raw TRAI
 		$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$$table.py --text '$(TEST_TEXT)' \
 			--calibration-text '$(TRAIN_TEXT)' -o benchmarks/results/$$table.json; done
 
-bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine (half an hour to an hour; resumable)
+bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine (two hours; resumable)
 	@set -e; for table in attention generate; do \
 		$(OFFLINE) $(BIN)/python benchmarks/$$table.py -o benchmarks/results/cpu-$$table.json; done
 	$(BIN)/python benchmarks/tables.py

@@ -29,7 +29,6 @@ from loki_attention.integrations.huggingface import attach
 from loki_attention.integrations.huggingface.families import causal_model_class
 from loki_attention.integrations.huggingface.loading import load_config, new_cache
 from loki_attention.integrations.huggingface.observe import Observation, observe
-from loki_attention.kernels.break_even import BreakEvenShape, break_even
 from loki_attention.results import Result, Setting
 
 DEFAULT, OUR_CACHE, LOKI, BREAK_EVEN = "transformers", "dense, our cache", "loki", "loki, break-even"
@@ -144,7 +143,7 @@ class Generation:
         if name == DEFAULT:
             yield None
             return
-        below = self._break_even() if name == BREAK_EVEN else 0
+        below: Any = "break-even" if name == BREAK_EVEN else 0
         sparse: dict[str, Any] = {"budget": budget or self._suite.budget, "dense_below": below}
         with warnings.catch_warnings():
             # Below the break-even, and in the check of a whole budget, that is what is wanted.
@@ -154,15 +153,6 @@ class Generation:
                 attach(self._model, method="dense") if dense else attach(self._model, self._basis, **sparse) as attached
             ):
                 yield attached
-
-    def _break_even(self) -> int:
-        """Where ``dense_below="break-even"`` puts it for this model."""
-        shape, suite = self._suite.shape, self._suite
-        wanted = BreakEvenShape(
-            heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=suite.dtype,
-            planes=str(self._basis.planes), budget=suite.budget, tail=self._basis.tail,
-        )  # fmt: skip
-        return break_even(wanted)
 
     def _generate(self, ids: Tensor, cache: Any, new_tokens: int) -> None:
         """Decode ``new_tokens`` tokens and take them off the cache again."""

@@ -2,6 +2,7 @@
 
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -101,7 +102,9 @@ def _byte_table(info: "ModelInfo", *, context: int | None, calibrated: bool) -> 
 def _print_machine(machine: "MachineInfo") -> None:
     print(f"backend {machine.backend.name}: {machine.backend.reason}")
     print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
-    print(f"CPU: {machine.cpu}, {machine.threads} threads; GPUs: {', '.join(machine.gpus) or 'none'}")
+    print(f"native kernels: {', '.join(machine.isas) or 'not built'}")
+    print(fill(f"CPU features: {', '.join(machine.cpu_features) or 'unknown'}", 80))
+    print(f"{machine.threads} threads; GPUs: {', '.join(machine.gpus) or 'none'}")
 
 
 def _size(count: int) -> str:

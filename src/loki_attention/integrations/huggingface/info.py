@@ -18,6 +18,7 @@ from loki_attention.core.spec import HeadLayout, ModelSpec, layer_kinds
 from loki_attention.core.tail import tail_rank
 from loki_attention.errors import ArgumentError, check_tokens
 from loki_attention.integrations.huggingface.families import causal_model_class, family_of_config
+from loki_attention.kernels import native
 from loki_attention.kernels.ops import Backend, choose_backend
 from loki_attention.methods.loki import Loki
 
@@ -77,11 +78,15 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineInfo:
-    """The backend that would run here and why, versions, the vector instructions that torch found, and GPUs."""
+    """The backend that would run here and why, versions, GPUs, and what the native kernels find on the CPU.
+
+    ``isas`` are the instruction sets that they can run with, the best first; empty where they were not built.
+    """
 
     backend: Backend
     versions: Mapping[str, str]
-    cpu: str
+    cpu_features: tuple[str, ...]
+    isas: tuple[str, ...]
     threads: int
     gpus: tuple[str, ...]
 
@@ -133,6 +138,7 @@ def model_info(
 def machine_info() -> MachineInfo:
     """What this machine offers."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    built = native.available()
     return MachineInfo(
         backend=choose_backend("auto"),
         versions={
@@ -141,7 +147,8 @@ def machine_info() -> MachineInfo:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        cpu=torch.backends.cpu.get_cpu_capability(),
+        cpu_features=native.cpu_features() if built else (),
+        isas=native.usable_isas() if built else (),
         threads=torch.get_num_threads(),
         gpus=tuple(torch.cuda.get_device_name(i) for i in gpus),
     )
