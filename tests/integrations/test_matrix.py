@@ -1,7 +1,6 @@
 """Families x ways of generating: dense at full budget, exactly the method at a small one, and sound caches after all."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,15 +38,15 @@ class Cell:
     """A family's tiny model and what is compared. transformers' eager attention has no left padding in float64."""
 
     def __init__(self, family: str, operation: str) -> None:
+        self.family, self.operation = family, operation
         single = family in EAGER and operation in PADDED
         self.dtype = torch.float32 if single else torch.float64
         self.tolerance = 2e-3 if single else 1e-5 if family in EAGER else 1e-8
         self.model: PreTrainedModel = tiny_model(family, dtype=self.dtype)
         self.basis: KeyBasis = tiny_basis(family)
-        self._run: Callable[..., Generated] = OPERATIONS[operation]
 
     def run(self, cache: DynamicCache | None = None) -> Generated:
-        return self._run(self.model, self.new_cache() if cache is None else cache)
+        return OPERATIONS[self.operation](self.model, self.new_cache() if cache is None else cache)
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config)
@@ -76,7 +75,7 @@ def test_cell(family: str, operation: str) -> None:
             check_layers(handle, least=1 if operation == "prompt lookup" else 5)
             if operation == "beams":
                 assert_score_is_the_sequences_own(cell, ours)
-            if tail == "none":
+            if tail == "none" and goes_on(cell):
                 assert_unread_rows_do_not_matter(cell, handle, cache, ours.mask)
         encoders = {layer: cell.basis.encoder(layer) for layer in SPARSE_LAYERS}
         with replayed(cell.model, trace, encoders, BUDGET, tail):
@@ -106,6 +105,23 @@ def assert_score_is_the_sequences_own(cell: Cell, ours: Generated) -> None:
             total += float(logits.double().log_softmax(-1)[0, token])
             logits = cell.model(token.reshape(1, 1), past_key_values=cache).logits[:, -1]
         assert float(ours.scores[b]) == pytest.approx(total / new, abs=1e-5)
+
+
+@torch.inference_mode()
+def goes_on(cell: Cell) -> bool:
+    """Whether the plain model can take more steps: transformers 5.17 cannot once drafts were cropped from sliding layers."""
+    if "layer_types" not in FAMILY_SETTINGS[cell.family] or cell.operation != "prompt lookup":
+        return True
+    plain, cache = copy.deepcopy(cell.model), cell.new_cache()
+    plain.set_attn_implementation(FAMILIES[cell.family].implementations[0])
+    mask = OPERATIONS[cell.operation](plain, cache).mask
+    try:
+        for more in (1, 2):
+            longer = torch.nn.functional.pad(mask, (0, more), value=1)
+            plain(torch.full((1, 1), 5), past_key_values=cache, attention_mask=longer)
+    except RuntimeError:
+        return False
+    return True
 
 
 @torch.inference_mode()
