@@ -36,8 +36,8 @@ class Loki(SelectionMethod):
         self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, native: bool = False
     ) -> Method:
         """This method with its encoder on ``device``; the native one beside it, for rows that come singly."""
-        placed = replace(self, encoder=None if self.encoder is None else self.encoder.to(device, dtype).of_heads(heads))
-        if native and placed.encoder is not None:
+        placed = SelectionMethod.on(self, device, dtype, heads)
+        if native and isinstance(placed, Loki) and placed.encoder is not None:
             return replace(placed, native=NativeEncoder(placed.encoder))
         return placed
 

@@ -153,7 +153,8 @@ class Attached:
     @property
     def _running(self) -> list[int]:
         """Our layers that a forward goes through: drafts by early exit end before the last."""
-        return [layer for layer in self._plans if layer < text_config(self._model).num_hidden_layers]
+        depth = text_config(self._model).num_hidden_layers
+        return [layer for layer in self._plans if layer < depth]
 
     @contextmanager
     def _ruled(self, rule: RowRule) -> Iterator[None]:
@@ -234,9 +235,7 @@ class Attached:
             return self._plans[layer].reason
         if self._monitor is not None and self._monitor.gone_dense(layer):
             return "kept too little mass"
-        if self._generate.in_prompt:
-            return "prefill"
-        if tensors.query.shape[2] > 1 and self._rule is None:
+        if self._generate.in_prompt or (tensors.query.shape[2] > 1 and self._rule is None):
             return "prefill"
         return self._forward.sparse_rows(tensors, method)
 
