@@ -31,12 +31,24 @@ inline void fill_rows(const Range& range, int64_t from, TileRows& rows) {
     }
 }
 
-// Bytes fetched ahead at an even pace: the next work item's low-rank keys, while this one attends.
+// What the next work item reads first, fetched at an even pace while this one attends.
 struct Stream {
-    const char *at, *end;
+    const Ahead *range, *end;
+    int64_t at = 0;
 
-    void advance(int lines) {
-        for (; lines > 0 && at < end; lines--, at += 64) prefetch_far(at);
+    int64_t lines() const {
+        int64_t all = 0;
+        for (const Ahead* r = range; r < end; r++) all += (r->bytes + 63) / 64;
+        return all;
+    }
+    void advance(int64_t lines) {
+        for (; lines > 0 && range < end; lines--) {
+            prefetch_far(range->data + at);
+            at += 64;
+            if (at < range->bytes) continue;
+            range++;
+            at = 0;
+        }
     }
 };
 
@@ -174,14 +186,14 @@ inline void attend_range(const Step& step, const float* query, Range range, int6
     TileRows rows[AHEAD + 1];
     if (range.end <= begin) return;
     const int64_t tiles = (range.end - begin + TOKENS - 1) / TOKENS;
-    const int64_t lines = (stream.end - stream.at) / (64 * tiles) + 1;
+    const int64_t lines = stream.lines() / tiles + 1;
     for (int i = 0; i < AHEAD; i++) fill_rows(range, begin + i * TOKENS, rows[i]);
     for (int64_t i = 0; i < tiles; i++) {
         const TileRows& now = rows[i % (AHEAD + 1)];
         TileRows& next = rows[(i + AHEAD) % (AHEAD + 1)];
         fill_rows(range, begin + (i + AHEAD) * TOKENS, next);
         Way::score(group, query, dim, width, now, next, scores);
-        stream.advance(static_cast<int>(lines));
+        stream.advance(lines);
         for (int g = 0; g < group; g++)
             soften<Way::PAIRS>(scale, step.soft_cap, now.count, width, scores + g * TOKENS,
                                pairs + (Way::PAIRS ? g * TOKENS : 0), state.maximum[g], state.sum[g],
@@ -218,7 +230,7 @@ inline void attend_type(const Step& step, int batch, int head, const Scratch& s,
 }
 
 void attend(const Step& step, int batch, int head, const Scratch& s, const int32_t* slots, int64_t first, int64_t begin,
-            int64_t end, const State& state, const char* next, int64_t next_bytes) {
+            int64_t end, const State& state, const Ahead* next, int ranges) {
     const int width = static_cast<int>(up(step.dim, 32));
     for (int g = 0; g < step.group; g++) {
         state.maximum[g] = LOWEST;
@@ -228,7 +240,7 @@ void attend(const Step& step, int batch, int head, const Scratch& s, const int32
     const Range range = {step.keys.data + batch * step.keys.batch + head * step.keys.head,
                          step.values.data + batch * step.values.batch + head * step.values.head,
                          step.keys.slot, step.values.slot, slots, first, end};
-    const Stream stream = {next, next + next_bytes};
+    const Stream stream = {next, next + ranges};
     if (step.keys.type == Type::float32) attend_type<Type::float32>(step, batch, head, s, range, begin, state, stream);
     else if (step.keys.type == Type::bfloat16) attend_type<Type::bfloat16>(step, batch, head, s, range, begin, state, stream);
     else attend_type<Type::float16>(step, batch, head, s, range, begin, state, stream);

@@ -136,9 +136,12 @@ void encode_query(const Step& step, int batch, int head, const Scratch& scratch)
         for (int n = 0; n < rows; n++) {
             int64_t row = (static_cast<int64_t>(batch) * step.kv_heads + head) * step.group + from + n;
             widen(step.keys.type, step.query + row * row_bytes, nullptr, e.dim, wide + n * e.dim);
-            float product = 0.0f;
-            for (int d = 0; d < e.dim; d++) product += wide[n * e.dim + d] * mean[d];
-            scratch.offset[from + n] = step.scale * product + step.scale * step.scale * e.kappa[head];
+            V product = zero();
+            for (int d = 0; d < e.dim; d += 16) {
+                int left = e.dim - d < 16 ? e.dim - d : 16;
+                product = fma(load_part(wide + n * e.dim + d, left), load_part(mean + d, left), product);
+            }
+            scratch.offset[from + n] = step.scale * sum(product) + step.scale * step.scale * e.kappa[head];
         }
         project(wide, rows, e.dim, e.query_map + static_cast<int64_t>(head) * e.dim * e.padded, e.dim, e.padded, e.padded,
                 scratch.encoded + from * e.padded);

@@ -13,7 +13,7 @@ namespace loki {
 namespace {
 
 constexpr int64_t SPLIT_AT = 64;             // a range of tokens is cut at multiples of this
-constexpr int64_t PREFETCH_BYTES = 256 << 10;  // of the next item's low-rank keys, while one attends: a part of an L2
+constexpr int64_t AHEAD_BYTES = 256 << 10;  // of the next item's low-rank keys, while one attends: a part of an L2
 
 struct Item {
     int batch, head;
@@ -74,6 +74,41 @@ auto several(int n, Make make) {
 }
 
 bool has_tail(const Step& step, int batch) { return step.tail != Tail::none && step.sequences[batch].covered > 0.0f; }
+
+// The low-rank keys that an item's selection reads: the scan's first bytes, then the scattered tiles of the sample.
+void list_keys(const Step& step, Item item, int64_t scan_bytes, std::vector<Ahead>& out) {
+    const Sequence& sequence = step.sequences[item.batch];
+    const int64_t tile_bytes = static_cast<int64_t>(TILE) * step.encoder->bytes_per_token;
+    const char* packed = reinterpret_cast<const char*>(step.packed) + item.batch * step.packed_batch + item.head * step.packed_head;
+    scan_bytes = std::min(scan_bytes, (sequence.end_tile - sequence.first_tile) * tile_bytes);
+    if (scan_bytes) out.push_back({packed + sequence.first_tile * tile_bytes, scan_bytes});
+    for (int i = 0; i < sequence.sample_tiles; i++) out.push_back({packed + sequence.sample[i].tile * tile_bytes, tile_bytes});
+}
+
+// What else it reads outside of its scan and of K and V.
+void list_floats(const Step& step, Item item, std::vector<Ahead>& out) {
+    const Encoder& e = *step.encoder;
+    auto floats = [&](const float* from, int64_t index, int64_t n) {
+        if (n) out.push_back({reinterpret_cast<const char*>(from + index * n), n * static_cast<int64_t>(sizeof(float))});
+    };
+    if (has_tail(step, item.batch)) {
+        const int64_t row = static_cast<int64_t>(item.batch) * step.kv_heads + item.head;
+        const int64_t rank = step.tail == Tail::linear ? e.tail_rank : 0;
+        floats(step.sum_products, row, rank * step.dim);
+        floats(step.sum_encoded, row, rank);
+        floats(step.sum_values, row, step.dim);
+    }
+    floats(e.mean, item.head, e.dim);
+    floats(e.deviations, item.head, e.padded);
+    floats(e.steps, item.head, e.padded);
+    floats(e.query_map, item.head, static_cast<int64_t>(e.dim) * e.padded);
+}
+
+// Begins to fetch it all at once: read where it is needed, each part would be waited for.
+void fetch(const std::vector<Ahead>& reads) {
+    for (const Ahead& range : reads)
+        for (int64_t i = 0; i < range.bytes; i += 64) __builtin_prefetch(range.data + i, 0, 2);
+}
 
 // From an encoded query to the selected slots, but for the scan.
 void before_scan(const Kernels& k, const Step& step, Item item, const Scratch& s) {
@@ -148,26 +183,28 @@ void Runner::decode_step(Step step, const Plan& plan) const {
     const int workers = std::min(threads, items);
     auto scratch = several(workers, [&] { return select_scratch(arena, step, plan); });
     auto states = several(workers, [&] { return state_of(arena, step); });
+    std::vector<std::vector<Ahead>> reads(static_cast<size_t>(workers));
     auto whole = [&](int i, int worker) {
         Item item = item_of(step, i);
         const Scratch& s = scratch[static_cast<size_t>(worker)];
         const Sequence& sequence = step.sequences[item.batch];
+        std::vector<Ahead>& ahead = reads[static_cast<size_t>(worker)];
+        if (ahead.empty()) {
+            list_keys(step, item, 0, ahead);
+            list_floats(step, item, ahead);
+            fetch(ahead);
+        }
         before_scan(k, step, item, s);
         k.score(step, item.batch, item.head, s, sequence.first_tile, sequence.end_tile);
         after_scan(k, step, item, s);
         // Most likely this worker's next item.
-        const char* next = nullptr;
-        int64_t next_bytes = 0;
+        ahead.clear();
         if (i + workers < items) {
-            Item after = item_of(step, i + workers);
-            const Sequence& its = step.sequences[after.batch];
-            const int64_t tile_bytes = static_cast<int64_t>(TILE) * step.encoder->bytes_per_token;
-            next = reinterpret_cast<const char*>(step.packed) + after.batch * step.packed_batch +
-                   after.head * step.packed_head + its.first_tile * tile_bytes;
-            next_bytes = std::min(PREFETCH_BYTES, (its.end_tile - its.first_tile) * tile_bytes);
+            list_keys(step, item_of(step, i + workers), AHEAD_BYTES, ahead);
+            list_floats(step, item_of(step, i + workers), ahead);
         }
         const State& state = states[static_cast<size_t>(worker)];
-        k.attend(step, item.batch, item.head, s, s.selected, 0, 0, sequence.k, state, next, next_bytes);
+        k.attend(step, item.batch, item.head, s, s.selected, 0, 0, sequence.k, state, ahead.data(), static_cast<int>(ahead.size()));
         k.finish(step, item.batch, item.head, s, &state, 1, has_tail(step, item.batch));
     };
     parallel(items, workers, whole);
@@ -181,6 +218,9 @@ void Runner::select(Step step, const Plan& plan, const QueryCodes& query) const 
     auto scratch = several(items, [&] { return select_scratch(arena, step, plan); });
     auto begin = [&](int i, int) {
         const Scratch& s = scratch[static_cast<size_t>(i)];
+        std::vector<Ahead> reads;
+        list_keys(step, item_of(step, i), 0, reads);
+        fetch(reads);
         const int64_t row = static_cast<int64_t>(i) * step.group, rank = step.encoder->rank;
         const size_t bytes = sizeof(float) * static_cast<size_t>(step.group);
         std::memcpy(s.codes, query.codes + row * rank, static_cast<size_t>(step.group * rank));

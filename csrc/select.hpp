@@ -1,5 +1,4 @@
 // The exact top K of 16-bit codes in linear passes, ascending. Included inside the kernels' own namespace.
-constexpr int BINS = 2048;
 constexpr int64_t SAMPLE_FROM = 4096;  // below this many codes a look at the sample does not pay
 
 // The threshold and how many of the codes equal to it are taken, lower slots first.
@@ -15,42 +14,32 @@ inline uint32_t within(const int16_t* p, int low, int high) {
     return from & ~above(p, static_cast<int16_t>(high));
 }
 
-// The bin that holds the need-th highest code; need becomes its place inside the bin.
-inline int descend(const int32_t* counts, int bins, int64_t& need) {
-    int bin = bins - 1;
-    for (; bin > 0 && counts[bin] < need; bin--) need -= counts[bin];
-    return bin;
+inline int64_t count_above(const int16_t* codes, int64_t n, int bound) {
+    int64_t count = 0, i = 0;
+    for (; i + 32 <= n; i += 32) count += __builtin_popcount(above(codes + i, static_cast<int16_t>(bound)));
+    if (i < n) count += __builtin_popcount(above(codes + i, static_cast<int16_t>(bound)) & lanes_left(n - i));
+    return count;
 }
 
-inline void count_bins(const int16_t* codes, int64_t n, int low, int shift, int32_t* counts, int bins) {
-    memset(counts, 0, sizeof(int32_t) * static_cast<size_t>(bins));
-    for (int64_t i = 0; i < n; i++) counts[(codes[i] - low) >> shift]++;
-}
-
-// The need-th highest of n codes in low..high; changes the codes.
-inline Threshold resolve(int16_t* codes, int64_t n, int64_t need, int low, int high) {
-    int32_t counts[BINS];
-    while (true) {
-        int shift = 0;
-        while (((high - low) >> shift) >= BINS) shift++;
-        int bins = ((high - low) >> shift) + 1;
-        count_bins(codes, n, low, shift, counts, bins);
-        int bin = descend(counts, bins, need);
-        if (shift == 0) return {static_cast<int16_t>(low + bin), need};
-        low += bin << shift;
-        int end = low + (1 << shift) - 1;
-        high = end < high ? end : high;
-        int64_t kept = 0;
-        for (int64_t i = 0; i < n; i += 32)
-            kept += keep_codes(codes + kept, codes + i, within(codes + i, low, high) & lanes_left(n - i));
-        n = kept;
+// The need-th highest of n codes, which lies in low..high: halves the range until one code is left.
+inline Threshold resolve(const int16_t* codes, int64_t n, int64_t need, int low, int high) {
+    int64_t over = 0;  // codes above high
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        int64_t count = count_above(codes, n, middle);
+        if (count >= need) {
+            low = middle + 1;
+        } else {
+            high = middle;
+            over = count;
+        }
     }
+    return {static_cast<int16_t>(low), need - over};
 }
 
 // Bounds that the threshold most likely lies within, from the codes of the sample: four standard errors of its rank
 // either side. Where neighbouring tokens are so alike that it does not, one more pass finds it.
 inline void bracket(const Sequence& sequence, const Scratch& s, int64_t n, int64_t need, int& low, int& high) {
-    int32_t counts[BINS];
     int64_t drawn = 0;
     for (int i = 0; i < sequence.sample_tiles; i++) {
         const SampleTile& tile = sequence.sample[i];
@@ -58,12 +47,11 @@ inline void bracket(const Sequence& sequence, const Scratch& s, int64_t n, int64
         drawn += keep_codes(s.inside + drawn, codes, tile.drawn);
     }
     if (drawn < 256) return;
-    count_bins(s.inside, drawn, -32768, 5, counts, BINS);
     float share = static_cast<float>(need) / static_cast<float>(n), m = static_cast<float>(drawn);
     float spread = 4.0f * sqrtf(share * (1.0f - share) * m) + 4.0f;
     int64_t fewer = static_cast<int64_t>(share * m - spread), more = static_cast<int64_t>(share * m + spread);
-    if (fewer >= 1) high = -32768 + 32 * descend(counts, BINS, fewer) + 31;
-    if (more <= drawn) low = -32768 + 32 * descend(counts, BINS, more);
+    if (fewer >= 1) high = resolve(s.inside, drawn, fewer, low, high).code;
+    if (more <= drawn) low = resolve(s.inside, drawn, more, low, high).code;
 }
 
 // The threshold of the need-th highest of n codes, 0 < need < n.

@@ -95,6 +95,12 @@ struct Scratch {
     int32_t* selected;    // (K) slots
 };
 
+// Memory that is read soon, fetched while something else computes.
+struct Ahead {
+    const char* data;
+    int64_t bytes;
+};
+
 // Softmax state of a range of tokens: maximum and sum of exponentials, in powers of 2, and the weighted sum of V.
 struct State {
     float *maximum, *sum;  // (G)
@@ -127,9 +133,9 @@ struct Kernels {
     void (*score)(const Step&, int batch, int head, const Scratch&, int32_t first_tile, int32_t end_tile);
     void (*select)(const Step&, int batch, int head, const Scratch&);
     void (*tail_value)(const Step&, int batch, int head, const Scratch&);
-    // Attends slots[begin, end), or the slots first + begin .. first + end where slots is null.
+    // Attends slots[begin, end), or the slots first + begin .. first + end where slots is null; fetches `next` meanwhile.
     void (*attend)(const Step&, int batch, int head, const Scratch&, const int32_t* slots, int64_t first, int64_t begin,
-                   int64_t end, const State&, const char* next, int64_t next_bytes);
+                   int64_t end, const State&, const Ahead* next, int ranges);
     void (*finish)(const Step&, int batch, int head, const Scratch&, const State* parts, int count, bool with_tail);
     void (*absorb)(const Absorption&, int batch, int head, float* scratch);
     uint64_t (*stream)(const char* data, int64_t bytes, int64_t ahead);

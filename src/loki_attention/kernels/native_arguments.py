@@ -48,7 +48,7 @@ def refuse(name: str, got: object, expected: str) -> ArgumentError:
 
 def check_plain(name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is a dense CPU tensor with memory of its own."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if not tensor.is_cpu or tensor.layout != torch.strided:
         raise refuse(name, f"on {tensor.device} with layout {tensor.layout}", "dense tensors on the CPU")
 
 

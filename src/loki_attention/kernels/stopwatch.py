@@ -5,6 +5,7 @@ larger than the last level of cache is read, so that keys and values come from m
 the code, which the layer before had just run: a call ``before`` the timed one, on other small data, brings it back.
 """
 
+import random
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -53,14 +54,17 @@ def interleaved(
 ) -> dict[str, Timing]:
     """The timing of every call: ``rounds`` rounds in which each runs once, after ``warm_up`` rounds that are not counted.
 
-    What disturbs the machine for a while then disturbs all alike. Caches are emptied before every call, then what
-    ``before`` has under its name runs, not timed. Raises ``ArgumentError`` for fewer than one round.
+    What disturbs the machine for a while then disturbs all alike, and as every round has an order of its own, no call
+    always follows the same other one. Caches are emptied before every call, then what ``before`` has under its name
+    runs, not timed. Raises ``ArgumentError`` for fewer than one round.
     """
     before = before or {}
     check_tokens("rounds", rounds, least=1, unit="rounds")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffled = list(calls.items()), random.Random(0)
     for i in range(warm_up + rounds):
-        for name, call in calls.items():
+        shuffled.shuffle(order)
+        for name, call in order:
             empty_caches(threads)
             if name in before:
                 before[name]()
