@@ -56,7 +56,7 @@ loki generate my-model --basis my-basis --prompt-file latin1.txt
 loki generate my-model --basis nowhere --prompt-file prompt.txt
   error: no basis at nowhere: there is no such folder; write one with `loki calibrate`
 loki generate my-model --basis my-basis --prompt-file prompt.txt --method lokki
-  error: unknown method 'lokki'; known: dense, exact-topk, loki, streaming, pca-attn, paper-loki (did you mean 'loki'?)
+  error: unknown method 'lokki'; known: dense, exact-topk, loki, streaming, pca-attn, paper-loki, random, h2o, snapkv, sparq, quest, double-sparsity (did you mean 'loki'?)
 loki generate my-model --method streaming --prompt-file prompt.txt
   error: method 'streaming' without a basis needs a budget, got none; give --tokens 512 or 25%
 loki generate my-model --method streaming --tokens 0.25 --prompt-file prompt.txt

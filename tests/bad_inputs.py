@@ -44,15 +44,15 @@ attach(model)
 attach(model, "my-basis")
   ArgumentError: basis must be a KeyBasis, got 'my-basis'; KeyBasis.load(path, model=model) reads one
 attach(model, basis, method="locki")
-  ArgumentError: unknown method 'locki'; known: dense, exact-topk, loki, streaming, pca-attn, paper-loki (did you mean 'loki'?)
+  ArgumentError: unknown method 'locki'; known: dense, exact-topk, loki, streaming, pca-attn, paper-loki, random, h2o, snapkv, sparq, quest, double-sparsity (did you mean 'loki'?)
 attach(model, basis, backend="cuda")
   ArgumentError: unknown backend 'cuda'; known: auto, native, torch
 attach(model, basis, backend="triton")
   ArgumentError: backend 'triton' is not part of this version; use 'auto', 'native' or 'torch'
 attach(model, basis, tail="cubic")
   ArgumentError: unknown tail 'cubic'; known: none, mean, linear
-attach(model, basis, method="streaming", tail="mean")
-  ArgumentError: method 'streaming' has no tail; got tail='mean', use tail='none'
+attach(model, basis, method="streaming", tail="linear")
+  ArgumentError: method 'streaming' has no tail 'linear'; give one of none, mean
 attach(model, method="exact-topk", budget=Budget(tokens=64), tail="linear")
   ArgumentError: tail='linear' needs a basis; give one, or use tail='mean'
 attach(model, basis, planes="lots")
@@ -65,6 +65,8 @@ attach(model, basis, planes=16)
   ArgumentError: planes must be a string such as '16@4+32@2' or Planes, got 16
 attach(model, basis, method="paper-loki", planes="8@4")
   ArgumentError: method 'paper-loki' keeps float keys; got planes '8@4', give R@32 or R@16
+attach(model, basis, method="sparq", planes="8@4")
+  ArgumentError: method 'sparq' reads components of the keys themselves; got planes '8@4', give R@16 for R components
 attach(model, basis, per="head")
   ArgumentError: unknown per 'head'; known: kv-head, query-head (did you mean 'kv-head'?)
 attach(model, basis, layers={7: "dense"})
@@ -131,6 +133,8 @@ with attach(model, basis): model.generate(ids, past_key_values=sliding_cache, ma
   ModelError: layer 0 has full attention, the cache keeps it as DynamicSlidingWindowLayer; pass a cache made for this model: DynamicCache(config=model.config)
 with attach(model, basis): model.generate(ids, past_key_values=cache_of_another_model, max_new_tokens=2)
   ArgumentError: the cache was filled for (sequences, key heads, dims) = (1, 1, 16), the model now gives (1, 2, 16); pass a cache of this model and this batch
+with attach(model, basis, method="snapkv") as attached, attached.paper_rows(): model(ids)
+  ArgumentError: method 'snapkv' selects by the end of a prompt, and under paper_rows() there is none; use continuation(prompt_tokens)
 with attach(model, basis) as attached, attached.continuation(-1): model(ids)
   ArgumentError: prompt_tokens must be an int or a LongTensor (B,), at least 0; got -1
 with attach(model, basis) as attached, attached.continuation(torch.tensor([3, 3])), torch.inference_mode(): model(ids)

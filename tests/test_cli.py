@@ -283,7 +283,7 @@ def test_sampling_repeats_with_its_seed(model, prompt):
         (["--basis", "not/there"], "not/there"),
         (["--method", "streaming"], "budget"),
         (["--method", "streaming", "--tokens", "few"], "'few' is neither a percentage nor a token count"),
-        (["--method", "streaming", "--tokens", "64", "--tail", "mean"], "has no tail"),
+        (["--method", "streaming", "--tokens", "64", "--tail", "linear"], "has no tail"),
         (["--method", "dense", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--method", "dense", "--temperature", "-1"], "temperature"),
         (["--method", "dense", "--prompt-file", "not/there.txt"], "not/there.txt"),

@@ -5,7 +5,7 @@ asks, so that any cache operation only has to keep them consistent with the rows
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int
@@ -46,6 +46,45 @@ class Tail:
         return self.sums.tokens[:, 0].long()
 
 
+@dataclass(slots=True)
+class Watched:
+    """What a method that has to see every row noted of those so far; every tensor has one entry a sequence.
+
+    The rows of the first ``rows`` slots went by, all of them noted if ``complete``. ``notes`` speak of the first
+    ``covered`` slots. ``prompt_tokens`` (B,) is how many tokens each sequence's last prompt row saw.
+    """
+
+    owner: str = ""
+    rows: int = 0
+    complete: bool = True
+    covered: int = 0
+    prompt_tokens: Int[Tensor, " b"] | None = None
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def follow(self, owner: str, first: int, slots: int) -> None:
+        """The rows of slots ``first`` to ``slots`` - 1 come next, for ``owner``; what was noted before may not fit."""
+        if first == 0 or owner != self.owner or first != self.rows:
+            self._forget()
+            self.owner, self.complete = owner, first == 0
+        self.rows = slots
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first ``tokens`` slots; notes of others cannot be taken back, so then all are forgotten."""
+        if tokens < self.covered:
+            self._forget()
+            self.complete = False
+        self.rows = min(self.rows, tokens)
+
+    def select_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by ``pick`` of it."""
+        self.notes = {name: pick(tensor) for name, tensor in self.notes.items()}
+        if self.prompt_tokens is not None:
+            self.prompt_tokens = pick(self.prompt_tokens)
+
+    def _forget(self) -> None:
+        self.covered, self.prompt_tokens, self.notes = 0, None, {}
+
+
 class LayerCache:
     """Keys and values of one layer in buffers that grow by a quarter, with what is derived from them beside.
 
@@ -57,6 +96,7 @@ class LayerCache:
         self.length = 0
         self.twins: Twins | None = None
         self.tail: Tail | None = None
+        self.watched = Watched()
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -77,9 +117,9 @@ class LayerCache:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Resident bytes of the K/V buffers, the twins and the tail's sums."""
+        """Resident bytes of the K/V buffers, the twins, and the tail's sums with what a method noted."""
         buffers = [t for t in (self._keys, self._values) if t is not None]
-        sums = [] if self.tail is None else list(self.tail.sums)
+        sums = [*([] if self.tail is None else self.tail.sums), *self.watched.notes.values()]
         twins = [] if self.twins is None else [self.twins.packed]
         parts = {"cache": buffers, "twins": twins, "sums": sums}
         return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in parts.items()}
@@ -144,6 +184,7 @@ class LayerCache:
             self.tail.rank = self.tail.rank[:, :tokens]
         if self.twins is not None:
             self.twins.encoded = min(self.twins.encoded, tokens)
+        self.watched.crop(tokens)
         self.length = tokens
 
     def select_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
@@ -156,10 +197,11 @@ class LayerCache:
         if self.tail is not None:
             self.tail.sums = TailSums(*(pick(tensor) for tensor in self.tail.sums))
             self.tail.rank = pick(self.tail.rank)
+        self.watched.select_batch(pick)
 
     def reset(self) -> None:
         """Forget every token and free the buffers."""
-        self.length, self.twins, self.tail = 0, None, None
+        self.length, self.twins, self.tail, self.watched = 0, None, None, Watched()
         self._keys = self._values = None
 
     def _same_prefix(self, rank: Tensor) -> bool:

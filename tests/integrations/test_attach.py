@@ -323,7 +323,7 @@ def other_layout() -> KeyBasis:
 MISUSE = {
     "method": (lambda m, b: attach(m, b, method="locki"), "unknown method 'locki'.*did you mean 'loki'"),
     "tail": (lambda m, b: attach(m, b, tail="cubic"), "unknown tail 'cubic'; known: none, mean, linear"),
-    "tail of streaming": (lambda m, b: attach(m, b, method="streaming", tail="mean"), "has no tail"),
+    "tail of streaming": (lambda m, b: attach(m, b, method="streaming", tail="linear"), "has no tail"),
     "linear without basis": (
         lambda m, b: attach(m, method="exact-topk", budget=BUDGET, tail="linear"),
         "tail='linear' needs a basis",

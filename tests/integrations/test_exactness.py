@@ -10,32 +10,18 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cache_checks import check_twins_and_sums
-from loki_attention import Attached, Budget, attach
+from loki_attention import Budget, attach
 from loki_attention.integrations.huggingface.families import attention_modules
 from loki_attention.integrations.huggingface.observe import observe
+from loki_attention.methods import METHOD_NAMES
 from masked_model import masked_by
+from method_settings import BASELINES, SETTINGS, attached
 from models import BUDGET, LAYOUTS, random_ids, tiny_basis, tiny_model
 
 PROMPT, LENGTH = 150, 190
-SETTINGS: dict[str, dict[str, str]] = {
-    "loki-none": {"tail": "none"},
-    "loki-mean": {"tail": "mean"},
-    "loki-linear": {"tail": "linear"},
-    "loki-two-planes": {"planes": "8@4", "tail": "linear"},
-    "loki-float": {"planes": "8@32", "tail": "linear"},
-    "loki-query-head": {"per": "query-head", "tail": "linear"},
-    "exact-topk": {"method": "exact-topk"},
-    "exact-topk-mean": {"method": "exact-topk", "tail": "mean"},
-    "exact-topk-linear": {"method": "exact-topk", "tail": "linear"},
-    "exact-topk-query-head": {"method": "exact-topk", "per": "query-head"},
-    "streaming": {"method": "streaming"},
-    "pca-attn": {"method": "pca-attn"},
-    "paper-loki": {"method": "paper-loki"},
-}
-
-
-def attached(model: PreTrainedModel, name: str, family: str = "llama", layout: str = "gqa") -> Attached:
-    return attach(model, tiny_basis(family, layout), **SETTINGS[name])
+LAYOUT_CASES = [("llama", "gqa"), ("qwen3", "mqa"), ("llama", "mha")]
+CASES = [(name, LENGTH, *case) for name in SETTINGS for case in LAYOUT_CASES]
+CASES += [(name, PROMPT + 12, "llama", "gqa") for name in BASELINES]
 
 
 @torch.inference_mode()
@@ -50,10 +36,9 @@ def stepwise_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = N
     return torch.cat(rows[1:], dim=1)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize(("family", "layout"), [("llama", "gqa"), ("qwen3", "mqa"), ("llama", "mha")])
-def test_continuation_equals_prefill_and_steps(name: str, family: str, layout: str) -> None:
-    model, ids = tiny_model(family, layout), random_ids(2, LENGTH)
+@pytest.mark.parametrize(("name", "length", "family", "layout"), CASES)
+def test_continuation_equals_prefill_and_steps(name: str, length: int, family: str, layout: str) -> None:
+    model, ids = tiny_model(family, layout), random_ids(2, length)
     with attached(model, name, family, layout) as handle:
         steps = stepwise_logits(model, ids)
         with torch.inference_mode(), handle.continuation(PROMPT):
@@ -81,10 +66,19 @@ def test_continuation_equals_steps_where_only_a_sample_is_scored_first(name: str
     torch.testing.assert_close(whole, steps, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["loki-linear", "exact-topk-linear", "streaming", "paper-loki"])
-def test_left_padded_batch_equals_single_sequences(name: str) -> None:
+def test_every_method_is_held_to_the_contract() -> None:
+    named = {settings.get("method", "loki") for settings in (*SETTINGS.values(), *BASELINES.values())}
+    assert named == set(METHOD_NAMES) - {"dense"}
+
+
+PADDED = [(name, LENGTH) for name in ("loki-linear", "exact-topk-linear", "streaming", "paper-loki")]
+PADDED += [(name, PROMPT + 8) for name in ("random-mean", "h2o", "snapkv", "quest")]
+
+
+@pytest.mark.parametrize(("name", "length"), PADDED)
+def test_left_padded_batch_equals_single_sequences(name: str, length: int) -> None:
     model = tiny_model()
-    long, short = random_ids(1, LENGTH, seed=3), random_ids(1, LENGTH - 13, seed=4)
+    long, short = random_ids(1, length, seed=3), random_ids(1, length - 13, seed=4)
     batch = torch.cat([long, torch.cat([torch.zeros(1, 13, dtype=torch.long), short], dim=1)])
     mask = (batch != 0).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -101,8 +95,12 @@ def test_left_padded_batch_equals_single_sequences(name: str) -> None:
     torch.testing.assert_close(together[1:], other, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["loki-none", "exact-topk", "exact-topk-query-head", "streaming", "paper-loki"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+MASKED = ("loki-none", "exact-topk", "exact-topk-query-head", "streaming", "paper-loki")
+MASKED_CASES = [(name, layout) for name in MASKED for layout in LAYOUTS]
+MASKED_CASES += [(name, "gqa") for name in ("h2o", "snapkv", "quest", "double-sparsity")]
+
+
+@pytest.mark.parametrize(("name", "layout"), MASKED_CASES)
 def test_logits_equal_the_model_under_a_mask_of_traced_slots(name: str, layout: str) -> None:
     model, ids = tiny_model(layout=layout), random_ids(2, LENGTH)
     with torch.inference_mode():
@@ -188,7 +186,10 @@ def test_tail_equals_the_formula_in_numpy() -> None:
         np.testing.assert_allclose(output[head], expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["loki-none", "loki-linear", "streaming", "paper-loki"])
+NEVER_READ = ("loki-none", "loki-linear", "streaming", "paper-loki", "h2o", "snapkv", "double-sparsity")
+
+
+@pytest.mark.parametrize("name", NEVER_READ)
 def test_rows_left_out_are_never_read(name: str) -> None:
     """NaN in every K/V row that a step left out, in a copy of the cache as it was, changes nothing."""
     model, ids = tiny_model(), random_ids(1, LENGTH)

@@ -12,10 +12,16 @@ from loki_attention.core.budget import Budget
 from loki_attention.errors import ArgumentError
 from loki_attention.kernels.rows import Rows
 from loki_attention.methods import METHOD_NAMES, SPARSE_METHODS, Answer, Method, Step, method_class
+from loki_attention.methods.double_sparsity import DoubleSparsity
 from loki_attention.methods.exact_topk import ExactTopK
+from loki_attention.methods.h2o import H2O
 from loki_attention.methods.loki import Loki
 from loki_attention.methods.paper_loki import PaperLoki
 from loki_attention.methods.pca_attn import PcaAttention
+from loki_attention.methods.quest import Quest
+from loki_attention.methods.random_tokens import Random
+from loki_attention.methods.snapkv import SnapKV
+from loki_attention.methods.sparq import SparQ
 from loki_attention.methods.streaming import Streaming
 from method_steps import LENGTHS, SHAPE, attend, groups, make, per, slots_of, softmax, view_of
 
@@ -57,6 +63,9 @@ def all_methods() -> list[Any]:
         make(ExactTopK, tail="mean"),
         make(Streaming),
         make(PaperLoki, encoder=pca),
+        make(Random),
+        make(SparQ),
+        make(Quest),
         make(PcaAttention, encoder=pca),
     ]
 
@@ -70,7 +79,7 @@ def test_batch_order_does_not_matter(method: Method) -> None:
         assert torch.equal(turned.indices, plain.indices[order])
 
 
-@pytest.mark.parametrize("method", all_methods()[:4], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", all_methods()[:-1], ids=lambda method: method.name)
 def test_a_budget_of_all_tokens_is_dense_attention(method: Method) -> None:
     layer = random_layer(SHAPE, LENGTHS)
     keys, values = (tensor.repeat_interleave(4, 1) for tensor in layer[1:3])
@@ -110,7 +119,19 @@ def test_many_rows_equal_each_row_alone(method: Method) -> None:
         (ExactTopK, {"tail": "linear", "planes": "8@4"}, 128 * (1000 + 125) + 4 * (64 + 8 + 8 * 64)),
         (Streaming, {}, 2 * 128 * 125),
         (PaperLoki, {"planes": "16@32"}, 1000 * 64 + 2 * 2 * 128 * 125),
+        (PaperLoki, {"planes": "16@32", "tail": "mean"}, 1000 * 64 + 2 * 2 * 128 * 125 + 4 * 64),
         (PcaAttention, {"planes": "16@32"}, 1000 * (64 + 128)),
+        (Random, {}, 2 * 128 * 125),
+        (Random, {"tail": "mean"}, 2 * 128 * 125 + 4 * 64),
+        (SnapKV, {}, 2 * 128 * 125),
+        # A sum of attention for each of the K tokens; r = 16 of 64 components and v-bar; 63 pages of two bounds.
+        (H2O, {}, 2 * 128 * 125 + 4 * 125),
+        (H2O, {"per": "query-head"}, 2 * (2 * 128 * 125 + 4 * 125)),
+        (SparQ, {}, 1000 * 32 + 4 * 64 + 2 * 128 * 125),
+        (SparQ, {"tail": "mean"}, 1000 * 32 + 4 * 64 + 2 * 128 * 125),
+        (SparQ, {"per": "query-head"}, 2 * (1000 * 32 + 2 * 128 * 125) + 4 * 64),
+        (Quest, {}, 63 * 2 * 128 + 2 * 128 * 125),
+        (DoubleSparsity, {"planes": "16@4"}, 1000 * 8 + 2 * 128 * 125),
     ],
 )
 def test_read_bytes(kind: type[Method], changes: dict[str, Any], expected: int) -> None:
@@ -129,9 +150,48 @@ def test_sixteen_bit_cache_reads_a_sixteenth_beside_the_selection() -> None:
 
 
 def test_names() -> None:
-    assert METHOD_NAMES == ("dense", "exact-topk", "loki", "streaming", "pca-attn", "paper-loki")
+    assert (
+        *("dense", "exact-topk", "loki", "streaming", "pca-attn", "paper-loki"),
+        *("random", "h2o", "snapkv", "sparq", "quest", "double-sparsity"),
+    ) == METHOD_NAMES
     assert method_class("dense") is None
     assert all(method_class(name) is kind and kind.name == name for name, kind in SPARSE_METHODS.items())
+
+
+@pytest.mark.parametrize(
+    ("near", "name"),
+    [("h20", "h2o"), ("snap-kv", "snapkv"), ("double_sparsity", "double-sparsity"), ("spark", "sparq")],
+)
+def test_the_nearest_name_is_offered(near: str, name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"did you mean '{name}'"):
+        method_class(near)
+
+
+def test_what_is_simulated_says_so() -> None:
+    simulated = {name for name, kind in SPARSE_METHODS.items() if kind.why_simulated("none")}
+    assert simulated == {"h2o", "snapkv", "sparq", "quest"}
+    exact_mass = {name for name, kind in SPARSE_METHODS.items() if "exact" in (kind.why_simulated("mean") or "")}
+    with_mean = {name for name, kind in SPARSE_METHODS.items() if "mean" in kind.tails}
+    assert exact_mass & with_mean == with_mean - {"exact-topk", "loki"}
+
+
+@per
+def test_a_baselines_mean_tail_has_the_exact_mass(per: str) -> None:
+    layer = random_layer(SHAPE, LENGTHS, holes=True)
+    answer = attend(make(Streaming, tail="mean", per=per), layer)
+    sets = 8 if per == "query-head" else 2
+    outputs = answer.output[:, :, 0].unflatten(1, (sets, -1)).flatten(0, 1)
+    for part, picked, output in zip(groups(layer, sets), slots_of(answer), outputs, strict=True):
+        query, keys, values, slots = (tensor.numpy() for tensor in part)
+        weights = softmax(SHAPE.scale * query @ keys.T)
+        chosen, covered = np.isin(slots, picked), 64 * max(0, len(slots) // 64 - 1)
+        if not covered:
+            weights = softmax(SHAPE.scale * query @ keys[chosen].T)
+            expected = weights @ values[chosen]
+        else:
+            rest = weights[:, ~chosen].sum(1, keepdims=True)
+            expected = weights[:, chosen] @ values[chosen] + rest * values[:covered].mean(0)
+        np.testing.assert_allclose(output, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["locki", "", None, 3])
@@ -141,16 +201,14 @@ def test_unknown_names_are_refused(name: object) -> None:
 
 
 def test_what_each_method_takes() -> None:
-    assert {name: kind.needs_basis for name, kind in SPARSE_METHODS.items()} == {
-        "exact-topk": False,
-        "loki": True,
-        "streaming": False,
-        "pca-attn": True,
-        "paper-loki": True,
-    }
-    with_tails = {name for name, kind in SPARSE_METHODS.items() if kind.tails == ("none", "mean", "linear")}
-    assert with_tails == {"exact-topk", "loki"}
-    assert all(kind.tails == ("none",) for name, kind in SPARSE_METHODS.items() if name not in with_tails)
+    needs_basis = {name for name, kind in SPARSE_METHODS.items() if kind.needs_basis}
+    assert needs_basis == {"loki", "pca-attn", "paper-loki", "double-sparsity"}
+    linear = {name for name, kind in SPARSE_METHODS.items() if kind.tails == ("none", "mean", "linear")}
+    assert linear == {"exact-topk", "loki"}
+    assert SPARSE_METHODS["pca-attn"].tails == ("none",)
+    assert all(
+        kind.tails == ("none", "mean") for name, kind in SPARSE_METHODS.items() if name not in {*linear, "pca-attn"}
+    )
     principal = {name for name, kind in SPARSE_METHODS.items() if kind.principal_components}
     assert principal == {"pca-attn", "paper-loki"}
     assert SPARSE_METHODS["paper-loki"].default_dense_layers == ()

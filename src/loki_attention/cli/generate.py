@@ -22,7 +22,7 @@ GENERATE_EXAMPLES = examples(
 
 Basis = Annotated[Path | None, typer.Option("--basis", help="The basis folder; loki and the paper's methods need one.")]
 PromptFile = Annotated[str, typer.Option("--prompt-file", help="A text file; - reads standard input.")]
-Method = Annotated[str, typer.Option(help="dense, exact-topk, loki, streaming, pca-attn or paper-loki.")]
+Method = Annotated[str, typer.Option(help="loki, dense, or any method of docs/methods.md.")]
 Tokens = Annotated[
     str | None, typer.Option(help="Tokens a step attends: 25% or 512.", show_default="what the basis was chosen for")
 ]

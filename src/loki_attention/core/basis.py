@@ -79,6 +79,10 @@ class KeyBasis:
         measured = {name: figures[name]["kl"] for name in ("pca-pre", "pca-post") if name in figures}
         return self.with_candidate(min(measured, key=lambda name: measured[name]) if measured else "pca-pre")
 
+    def channels(self) -> "KeyBasis":
+        """This basis with the keys' own channels for axes, the heaviest first: what Double Sparsity ranks by."""
+        return replace(self, layers={i: candidates.channels(layer) for i, layer in self.layers.items()})
+
     def save(self, path: str | Path) -> Path:
         """Write the basis folder, all of it or nothing; an older basis at ``path`` is replaced."""
         tensors = {(i, name): getattr(b, name) for i, b in self.layers.items() for name in candidates.TENSOR_FIELDS}

@@ -89,6 +89,22 @@ def build(candidate: str, moments: LayerMoments) -> LayerBasis:
     )
 
 
+def channels(basis: LayerBasis) -> LayerBasis:
+    """The basis whose axes are the channels themselves, by falling E[q_i^2] Var(k_i), from the moments in ``basis``.
+
+    Not among the candidates: Double Sparsity's (arXiv:2408.07092), for comparison.
+    """
+    # A_q A_k^T = I, so that what is seen through one map is undone by the other.
+    key_map, query_map = basis.key_map.double(), basis.query_map.double()
+    key_covariance = query_map @ basis.key_moment.double() @ query_map.mT
+    query_moment = key_map @ basis.query_moment.double() @ key_map.mT
+    spread, size = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (key_covariance, query_moment))
+    order = (spread * size).argsort(dim=-1, descending=True, stable=True)
+    axes = torch.nn.functional.one_hot(order, basis.head_dim).mT.double()
+    seen = (axes, axes, axes.mT @ key_covariance @ axes, axes.mT @ query_moment @ axes)
+    return LayerBasis(("channels",) * basis.kv_heads, basis.mean, *(tensor.float() for tensor in seen))
+
+
 def principal_axes(symmetric: Float[Tensor, "*heads d d"]) -> Float[Tensor, "*heads d d"]:
     """Eigenvectors in columns, the largest eigenvalue first, the sign fixed by each column's largest entry."""
     vectors = torch.linalg.eigh(symmetric).eigenvectors.flip(-1)

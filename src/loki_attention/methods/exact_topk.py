@@ -17,6 +17,7 @@ class ExactTopK(SelectionMethod):
 
     name: ClassVar[str] = "exact-topk"
     tails: ClassVar[tuple[str, ...]] = TAILS
+    knows_mass: ClassVar[bool] = True
 
     def choose(self, step: Step) -> Chosen:
         """The K highest scores less their mean over the visible tokens; L and the tail's mass are exact."""
@@ -35,5 +36,4 @@ class ExactTopK(SelectionMethod):
 
     def read_bytes(self, tokens: Tensor, k: Tensor, group_size: int, row_bytes: int) -> Tensor:
         """Every key, K values for every set, and the tail's sums."""
-        per_head = group_size if self.per == "query-head" else 1
-        return row_bytes * (tokens.double() + k * per_head) + self.tail_bytes()
+        return row_bytes * (tokens.double() + k * self.sets_per_kv_head(group_size)) + self.tail_bytes()

@@ -22,6 +22,7 @@ class Loki(SelectionMethod):
     name: ClassVar[str] = "loki"
     needs_basis: ClassVar[bool] = True
     tails: ClassVar[tuple[str, ...]] = TAILS
+    knows_mass: ClassVar[bool] = True
 
     native: NativeEncoder | None = None
 
@@ -31,6 +32,12 @@ class Loki(SelectionMethod):
         if per != "kv-head":
             return f"per={per!r} has no native kernels"
         return f"planes '{planes}' have no native kernels" if planes is not None and planes.is_float else None
+
+    @classmethod
+    def planes_by_size(cls, head_dim: int) -> tuple[Planes | None, ...]:
+        """The default planes, then about half and a quarter of their bytes."""
+        sizes = (Planes.default(head_dim), *(_smaller(head_dim, divisor) for divisor in (2, 4)))
+        return tuple(dict.fromkeys(sizes))
 
     def on(
         self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, native: bool = False
@@ -88,13 +95,21 @@ class Loki(SelectionMethod):
         if not planes.is_float:
             ranking = torch_backend.code(ranking, query.deviation)
         indices = torch_backend.top_k(ranking, step.rows, step.k, self.forced)
-        if self.tail == "none":
+        if self.tail == "none" or not self.knows_mass:
             return Chosen(indices)
         estimates, sample = step.softmax.cap(torch_backend.estimates(scores, query)), step.rows.sampled
         return Chosen(indices, torch_backend.tail_log_mass(estimates, indices, step.rows, step.k, sample))
 
     def read_bytes(self, tokens: Tensor, k: Tensor, group_size: int, row_bytes: int) -> Tensor:
         """Every twin, K keys and values for every set, and the tail's sums."""
-        assert self.encoder is not None
         selected = SelectionMethod.read_bytes(self, tokens, k, group_size, row_bytes)
-        return tokens.double() * self.encoder.planes.bytes_per_token + selected
+        return tokens.double() * self.ranking_bytes + selected
+
+
+def _smaller(head_dim: int, divisor: int) -> Planes:
+    """The default planes of a head ``divisor`` times smaller, in whole words.
+
+    >>> [str(_smaller(dim, divisor)) for dim, divisor in ((64, 2), (64, 4), (128, 2))]
+    ['8@4+16@2', '8@4', '16@4+32@2']
+    """
+    return Planes.default(max(8, head_dim // divisor))

@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loki_attention.core.planes import Planes
 from loki_attention.core.shapes import Queries
 from loki_attention.kernels import torch_backend
-from loki_attention.methods.base import Answer, Method, Step
+from loki_attention.methods.base import Answer, Method, Step, sixteen_bit_planes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,11 @@ class PcaAttention(Method):
     needs_basis: ClassVar[bool] = True
     default_dense_layers: ClassVar[tuple[int, ...]] = ()
     principal_components: ClassVar[bool] = True
+
+    @classmethod
+    def planes_by_size(cls, head_dim: int) -> tuple[Planes | None, ...]:
+        """A quarter, an eighth and a sixteenth of the dims, in 16 bits as the cache has them."""
+        return sixteen_bit_planes(head_dim)
 
     def attend(self, step: Step) -> Answer:
         """softmax(q'_{:R} K'_{:R}^T) V over every visible token."""
@@ -41,5 +47,4 @@ class PcaAttention(Method):
 
     def read_bytes(self, tokens: Tensor, k: Tensor, group_size: int, row_bytes: int) -> Tensor:
         """Every twin and every value."""
-        assert self.encoder is not None
-        return tokens.double() * (self.encoder.planes.bytes_per_token + row_bytes)
+        return tokens.double() * (self.ranking_bytes + row_bytes)

@@ -12,6 +12,7 @@ class Streaming(SelectionMethod):
     """Attend the sinks and the K - sinks most recent tokens."""
 
     name: ClassVar[str] = "streaming"
+    tails: ClassVar[tuple[str, ...]] = ("none", "mean")
 
     def choose(self, step: Step) -> Chosen:
         """The newest tokens rank highest."""

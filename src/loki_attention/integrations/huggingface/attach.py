@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from loki_attention.core.basis import KeyBasis
 from loki_attention.core.budget import Budget
-from loki_attention.core.planes import Plane, Planes
+from loki_attention.core.planes import Planes
 from loki_attention.core.spec import HeadLayout, ModelSpec
 from loki_attention.core.tail import check_tail
 from loki_attention.errors import ArgumentError, LokiWarning, check_tokens, unknown_name
@@ -68,8 +68,8 @@ def attach(
             raise ArgumentError("method 'dense' keeps all attention mass: nothing to monitor; leave monitor_every out")
         plans = dict.fromkeys(modules, LayerPlan(None, "method dense"))
         return Attached(model, plans, Settings(method=method, backend=choose_backend(backend, _work(model))))
-    request = _resolve(kind, basis, budget, planes, tail, per)
     head_dim = HeadLayout.of(text_config(model)).head_dim
+    request = _resolve(kind, basis, budget, planes, tail, per, head_dim)
     plans = {index: _plan(index, head_dim, request, choices.get(index)) for index in modules}
     if all(plan.method is None for plan in plans.values()):
         warnings.warn("every layer stays dense: nothing will be sparse", LokiWarning, stacklevel=2)
@@ -81,8 +81,9 @@ def attach(
             method=method,
             backend=chosen,
             budget=str(request.budget),
-            planes=str(request.planes) if kind.needs_basis else None,
+            planes=None if request.planes is None else str(request.planes),
             tail=request.tail,
+            simulated=kind.why_simulated(request.tail),
             dense_below=_break_even(model, request, chosen) if dense_below == BREAK_EVEN else dense_below,
             monitor=monitor,
             calibrated_length=basis.record.get("length") if basis is not None and kind.needs_basis else None,
@@ -109,6 +110,7 @@ def _resolve(
     planes: Any,
     tail: str | None,
     per: str,
+    head_dim: int,
 ) -> _Request:
     """The request with every default filled in; raises for what the method cannot do."""
     if per not in PER:
@@ -125,9 +127,11 @@ def _resolve(
         budget = basis.budget
     budget = Budget.checked(budget)
     tail = _tail_for(kind, basis, tail)
-    if kind.principal_components and basis is not None:
-        basis, per = basis.principal(), "query-head"
-    return _Request(kind=kind, basis=basis, budget=budget, planes=_planes_for(kind, basis, planes), tail=tail, per=per)
+    if basis is not None:
+        basis = kind.basis_for(basis)
+    chosen = _planes_for(kind, basis, planes, head_dim, tail)
+    per = "query-head" if kind.principal_components else per
+    return _Request(kind=kind, basis=basis, budget=budget, planes=chosen, tail=tail, per=per)
 
 
 def _plan(index: int, head_dim: int, request: _Request, choice: LayerChoice | None) -> LayerPlan:
@@ -141,8 +145,16 @@ def _plan(index: int, head_dim: int, request: _Request, choice: LayerChoice | No
     encoder = None
     if basis is not None and (kind.needs_basis or request.tail == "linear"):
         encoder = basis.encoder(index, request.planes)
-    budget = choice if isinstance(choice, Budget) else request.budget
-    return LayerPlan(kind(budget=budget, head_dim=head_dim, encoder=encoder, tail=request.tail, per=request.per))
+    return LayerPlan(
+        kind(
+            budget=choice if isinstance(choice, Budget) else request.budget,
+            head_dim=head_dim,
+            encoder=encoder,
+            tail=request.tail,
+            per=request.per,
+            planes=request.planes if encoder is None else None,
+        )
+    )
 
 
 def _tail_for(kind: type[Method], basis: KeyBasis | None, tail: str | None) -> str:
@@ -150,23 +162,24 @@ def _tail_for(kind: type[Method], basis: KeyBasis | None, tail: str | None) -> s
         return basis.tail if basis is not None and kind.name == "loki" else "none"
     check_tail(tail)
     if tail not in kind.tails:
-        raise ArgumentError(f"method {kind.name!r} has no tail; got tail={tail!r}, use tail='none'")
+        raise ArgumentError(f"method {kind.name!r} has no tail {tail!r}; give one of {', '.join(kind.tails)}")
     if tail == "linear" and basis is None:
         raise ArgumentError("tail='linear' needs a basis; give one, or use tail='mean'")
     return tail
 
 
-def _planes_for(kind: type[Method], basis: KeyBasis | None, planes: Any) -> Planes | None:
-    if basis is None:
-        return None
+def _planes_for(kind: type[Method], basis: KeyBasis | None, planes: Any, head_dim: int, tail: str) -> Planes | None:
+    """The planes that the method and its tail read, None where they read none."""
+    calibrated = None if basis is None else basis.planes
+    default = calibrated if tail == "linear" else kind.default_planes(head_dim, calibrated)
     if planes is None:
-        quarter = max(1, basis.spec.head_dim // 4)
-        return Planes((Plane(quarter, 32),)) if kind.principal_components else basis.planes
+        return default
     chosen = Planes.of(planes)
-    chosen.check_fits(basis.spec.head_dim)
-    if kind.principal_components and not chosen.is_float:
-        raise ArgumentError(f"method {kind.name!r} keeps float keys; got planes '{chosen}', give R@32 or R@16")
-    return chosen
+    chosen.check_fits(head_dim)
+    problem = kind.problem_with_planes(chosen)
+    if problem is not None:
+        raise ArgumentError(f"method {kind.name!r} {problem}")
+    return None if default is None else chosen
 
 
 def _work(model: PreTrainedModel, missing: str | None = None) -> Work:

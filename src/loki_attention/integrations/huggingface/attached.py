@@ -35,7 +35,8 @@ from loki_attention.integrations.huggingface.sparse_rows import (
     Tensors,
     attend_sparse_rows,
 )
-from loki_attention.methods import Method
+from loki_attention.integrations.huggingface.watching import follow, show_dense_rows
+from loki_attention.methods import Method, WatchingMethod
 
 _LENGTH_MARGIN = 1.5
 Trace = list[dict[int, Tensor]]
@@ -112,8 +113,15 @@ class Attached:
     def paper_rows(self) -> Iterator[None]:
         """Within the block, every row of a many-row forward is sparse with one K, that of the whole window.
 
-        The protocol of the paper's perplexity tables: early rows, up to K tokens, are dense.
+        The protocol of the paper's perplexity tables: early rows, up to K tokens, are dense. Raises ``ArgumentError``
+        for a method that needs a prompt.
         """
+        methods = [plan.method for plan in self._plans.values()]
+        if any(isinstance(method, WatchingMethod) and not method.serves_paper_rows for method in methods):
+            raise ArgumentError(
+                f"method {self._settings.method!r} selects by the end of a prompt, and under paper_rows() there is none; use "
+                "continuation(prompt_tokens)"
+            )
         with self._ruled(RowRule(whole_window=True)):
             yield
 
@@ -141,6 +149,7 @@ class Attached:
             budget=settings.budget,
             planes=settings.planes,
             tail=settings.tail,
+            simulated=settings.simulated,
             dense_below=settings.dense_below,
             backend=settings.backend,
             layers=layers,
@@ -204,7 +213,11 @@ class Attached:
         self._warn_if_too_long(key.shape[2])
         tensors = Tensors(query, key, value, attention_mask, float(kwargs["scaling"]), store, softmax_of(kwargs))
         method = self._method(module, query, key)
+        if isinstance(method, WatchingMethod):
+            tensors = follow(tensors, method, self._forward, in_prompt=self._generate.in_prompt)
         found = self._sparse_rows(layer, tensors, method)
+        if isinstance(method, WatchingMethod):
+            show_dense_rows(tensors, method, self._forward.rows(tensors), found)
 
         def dense() -> Tensor:
             if self._settings.backend.name == "native" and query.shape[2] == 1:

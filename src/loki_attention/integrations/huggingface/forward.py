@@ -4,8 +4,14 @@ import torch
 from torch import Tensor
 
 from loki_attention.core.budget import Budget
-from loki_attention.integrations.huggingface.masks import rows_of
-from loki_attention.integrations.huggingface.sparse_rows import RowRule, SparseRows, Tensors, find_sparse_rows
+from loki_attention.integrations.huggingface.masks import own_slots, rows_of
+from loki_attention.integrations.huggingface.sparse_rows import (
+    RowRule,
+    SparseRows,
+    Tensors,
+    decode_rows,
+    find_sparse_rows,
+)
 from loki_attention.kernels import native
 from loki_attention.kernels.rows import Rows
 from loki_attention.methods import Method
@@ -35,8 +41,13 @@ class Forward:
         """A layer's sparse rows, or the reason why it is dense throughout."""
         rows = self.rows(tensors)
         if method.budget not in self._found:
-            self._found[method.budget] = find_sparse_rows(tensors.mask, rows, method, self._rule, self._dense_below)
+            self._found[method.budget] = find_sparse_rows(tensors, rows, method, self._rule, self._dense_below)
         return self._found[method.budget]
+
+    def prompt_rows(self, tensors: Tensors) -> Tensor:
+        """Which rows are of a prompt (B, T), padding apart."""
+        rows = self.rows(tensors)
+        return own_slots(rows) & ~decode_rows(rows, self._rule)
 
 
 def dense_native_step(tensors: Tensors, rows: Rows) -> Tensor:

@@ -122,8 +122,9 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A snapshot of an attached model's work. ``bytes_*`` of reading cover sparse rows only, beside dense ones' need.
+    """A snapshot of an attached model's work. ``simulated`` says what of the method is, so that its time says nothing.
 
+    ``bytes_*`` of reading cover sparse rows only, beside dense ones' need.
     ``other_layers`` have no full attention and are left alone, each with its kind. ``monitor`` is None before its first
     check. ``memory`` is that of the cache of the last forward; ``peak_bytes`` the most that any forward's cache held. Of
     a tensor-parallel model all of it is this process's: its own heads.
@@ -133,6 +134,7 @@ class Report:
     budget: str
     planes: str | None
     tail: str
+    simulated: str | None
     dense_below: int
     backend: Backend
     layers: tuple[LayerReport, ...]
@@ -179,6 +181,7 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.method}, {self.budget}, planes {self.planes or '-'}, tail {self.tail}{self._threshold}",
+            *([f"simulated, not to be timed: {self.simulated}"] if self.simulated else []),
             f"backend {self.backend.name}: {self.backend.reason}",
             f"{'layer':>5}  {'mode':<6}  {'sparse steps':>12}  {'tokens read':>12}  {'bytes read':>10}  {'mass kept':>9}"
             "  dense steps",

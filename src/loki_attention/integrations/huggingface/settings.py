@@ -24,6 +24,7 @@ class Settings:
     budget: str = "all tokens"
     planes: str | None = None
     tail: str = "none"
+    simulated: str | None = None
     dense_below: int = 0
     calibrated_length: int | None = None
     monitor: MonitorSettings | None = None

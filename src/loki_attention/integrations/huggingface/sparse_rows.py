@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from loki_attention.cache import KeyEncoder, LayerCache
+from loki_attention.cache import KeyEncoder, LayerCache, Watched
 from loki_attention.core.attention import Softmax
 from loki_attention.core.shapes import PackedKeys
 from loki_attention.core.tail import TailSums
@@ -17,7 +17,7 @@ from loki_attention.integrations.huggingface.masks import check_nested, own_slot
 from loki_attention.kernels import torch_backend
 from loki_attention.kernels.ops import rows_at_once
 from loki_attention.kernels.rows import Rows
-from loki_attention.methods import Answer, LayerView, Method, Step
+from loki_attention.methods import Answer, LayerView, Method, Step, WatchingMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +50,30 @@ class Tensors(NamedTuple):
     scale: float
     store: LayerCache | None
     softmax: Softmax
+    watched: Watched | None = None
+
+
+def decode_rows(rows: Rows, rule: RowRule | None) -> Bool[Tensor, "b t"]:
+    """The rows that may be sparse: single new tokens and those that the rule says; all others are of a prompt."""
+    batch, count = rows.tokens.shape
+    if count == 1 or rule is None:
+        return torch.full_like(rows.tokens, count == 1, dtype=torch.bool)
+    prompt = torch.as_tensor(rule.prompt_tokens, device=rows.tokens.device).reshape(-1, 1)
+    if len(prompt) not in (1, batch):
+        raise ArgumentError(
+            f"prompt_tokens has {len(prompt)} entries for {batch} sequences; give one for each, or an int"
+        )
+    return own_slots(rows) & (rows.tokens > prompt)
 
 
 def find_sparse_rows(
-    mask: Tensor | None, rows: Rows, method: Method, rule: RowRule | None, dense_below: int
+    tensors: Tensors, rows: Rows, method: Method, rule: RowRule | None, dense_below: int
 ) -> SparseRows | str:
     """The forward's sparse rows, or the reason why it is dense throughout."""
-    batch, count = rows.tokens.shape
-    device = rows.tokens.device
-    active = torch.ones_like(rows.tokens, dtype=torch.bool)
-    k = method.budgets(rows)
+    mask, count = tensors.mask, rows.tokens.shape[1]
+    active = decode_rows(rows, rule)
+    k = method.budgets(rows, None if tensors.watched is None else tensors.watched.prompt_tokens)
     if count > 1 and rule is not None:
-        prompt = torch.as_tensor(rule.prompt_tokens, device=device).reshape(-1, 1)
-        if len(prompt) not in (1, batch):
-            raise ArgumentError(
-                f"prompt_tokens has {len(prompt)} entries for {batch} sequences; give one for each, or an int"
-            )
-        active = own_slots(rows) & (rows.tokens > prompt)
         if rule.whole_window:
             k = torch.minimum(method.budget.of_each(rows.tokens[:, -1:]).expand_as(k), rows.tokens)
         check_nested(mask, rows, active)
@@ -86,16 +93,21 @@ def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows, *, w
     """The method's answer for the rows from ``found.start`` on."""
     query = tensors.query[:, :, found.start :]
     batch, heads, count, dim = query.shape
-    layer = view_of(tensors, method)
-    widest = int(found.k.max())
-    at_once = rows_at_once(batch * heads, tensors.keys.shape[2], widest, dim)
+    layer, budgets = view_of(tensors, method), found.k
+    at_once = rows_at_once(batch * heads, tensors.keys.shape[2], int(budgets.max()), dim)
+    if isinstance(method, WatchingMethod):
+        # It sees the other sequences' rows too: dense ones, and none where there is but padding.
+        dense = torch.where(own_slots(found.rows), found.rows.tokens, 0)
+        budgets = torch.where(found.active, budgets, dense)
+        at_once = 1 if method.row_by_row else at_once
+    widest = int(budgets.max())
     outputs, indices, kept = [], [], []
     for start in range(0, count, at_once):
         part = slice(start, min(start + at_once, count))
         rows = found.rows.chunk(part.start, part.stop)
         encoded = method.encode(query[:, :, part], tensors.scale)
         step = Step(
-            query[:, :, part], layer, rows, found.k[:, part], tensors.scale, encoded, tensors.softmax, wants_indices
+            query[:, :, part], layer, rows, budgets[:, part], tensors.scale, encoded, tensors.softmax, wants_indices
         )
         answer = method.attend(step)
         outputs.append(answer.output)
@@ -132,4 +144,4 @@ def view_of(tensors: Tensors, method: Method) -> LayerView:
             return TailSums(held.tokens[:, None], *(tensor.unsqueeze(2) for tensor in held[1:]))
         return torch_backend.sums_of_blocks(leading(), tensors.values, rows)
 
-    return LayerView(tensors.keys, tensors.values, twins, sums)
+    return LayerView(tensors.keys, tensors.values, twins, sums, tensors.watched)
