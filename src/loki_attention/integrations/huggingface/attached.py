@@ -236,7 +236,7 @@ class Attached:
         if self._monitor is not None and checked:
             self._monitor.check(layer, tensors, found, answer, dense().transpose(1, 2))
         sparse = answer.output.transpose(1, 2)
-        if found.start == 0 and bool(found.active.all()):
+        if found.start == 0 and found.all_active:
             return sparse, None
         output = dense()
         chosen = torch.where(found.active[..., None, None], sparse, output[:, found.start :])

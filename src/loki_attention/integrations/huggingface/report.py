@@ -30,19 +30,21 @@ class Tally:
 
     def add_step(self, method: Method, tensors: Tensors, found: SparseRows, answer: Answer) -> None:
         """Count one sparse step of a layer."""
-        cached, read = found.rows.tokens[found.active], found.k[found.active]
         kv_heads = tensors.keys.shape[1]
         row_bytes = tensors.keys.shape[3] * tensors.keys.element_size()
-        tokens = int(cached.sum())
+        cached, read = found.totals
         self.sparse_steps += 1
-        self.sparse_rows += cached.numel()
-        self.tokens_cached += tokens
-        self.tokens_read += int(read.sum())
+        self.sparse_rows += found.tokens_cached.numel()
+        self.tokens_cached += cached
+        self.tokens_read += read
         group = tensors.query.shape[1] // kv_heads
-        self.bytes_read += kv_heads * float(method.read_bytes(cached, read, group, row_bytes).sum())
-        self.bytes_dense += float(2 * kv_heads * row_bytes * tokens)
+        self.bytes_read += kv_heads * float(
+            method.read_bytes(found.tokens_cached, found.tokens_read, group, row_bytes).sum()
+        )
+        self.bytes_dense += float(2 * kv_heads * row_bytes * cached)
         if answer.kept is not None:
-            self.kept.add(answer.kept.transpose(1, 2)[found.active])
+            kept = answer.kept.transpose(1, 2)
+            self.kept.add(kept if found.all_active else kept[found.active])
 
 
 class KeptMass:

@@ -1,7 +1,7 @@
 """Which rows of a forward are sparse, and their attention. The one place that knows decode from prefill."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,13 +31,42 @@ class RowRule:
     whole_window: bool = False
 
 
-class SparseRows(NamedTuple):
-    """The rows of a forward from ``start`` on, each row's budget, and which of them really are sparse."""
+@dataclass(frozen=True)
+class SparseRows:
+    """The rows of a forward from ``start`` on, each row's budget, and which of them really are sparse.
+
+    All layers of a forward share one: what follows from its tensors is worked out once.
+    """
 
     start: int
     rows: Rows
     k: Int[Tensor, "b t"]
     active: Bool[Tensor, "b t"]
+
+    @cached_property
+    def all_active(self) -> bool:
+        """Whether every one of these rows is sparse."""
+        return bool(self.active.all())
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest K."""
+        return int(self.k.max())
+
+    @cached_property
+    def tokens_cached(self) -> Int[Tensor, " n"]:
+        """The tokens that each sparse row could see."""
+        return self.rows.tokens[self.active]
+
+    @cached_property
+    def tokens_read(self) -> Int[Tensor, " n"]:
+        """K of each sparse row."""
+        return self.k[self.active]
+
+    @cached_property
+    def totals(self) -> tuple[int, int]:
+        """Tokens seen and read over all sparse rows."""
+        return int(self.tokens_cached.sum()), int(self.tokens_read.sum())
 
 
 class Tensors(NamedTuple):
@@ -93,14 +122,14 @@ def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows, *, w
     """The method's answer for the rows from ``found.start`` on."""
     query = tensors.query[:, :, found.start :]
     batch, heads, count, dim = query.shape
-    layer, budgets = view_of(tensors, method), found.k
-    at_once = rows_at_once(batch * heads, tensors.keys.shape[2], int(budgets.max()), dim)
+    layer, budgets, widest = view_of(tensors, method), found.k, found.widest
+    at_once = rows_at_once(batch * heads, tensors.keys.shape[2], widest, dim)
     if isinstance(method, WatchingMethod):
         # It sees the other sequences' rows too: dense ones, and none where there is but padding.
         dense = torch.where(own_slots(found.rows), found.rows.tokens, 0)
         budgets = torch.where(found.active, budgets, dense)
+        widest = int(budgets.max())
         at_once = 1 if method.row_by_row else at_once
-    widest = int(budgets.max())
     outputs, indices, kept = [], [], []
     for start in range(0, count, at_once):
         part = slice(start, min(start + at_once, count))
