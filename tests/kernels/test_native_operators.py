@@ -22,7 +22,11 @@ OPERATORS = torch.ops.loki_attention
 SPANS = Case("32@4", Shape(1, 7, 80), (200, 190, 180), "linear")
 HOLES = Case("16@4+32@2", Shape(2, 4, 64), (257, 200), "mean", FRACTION, holes=True)
 both = pytest.mark.parametrize(
-    ("case", "dtype"), [(SPANS, torch.float32), (HOLES, torch.bfloat16)], ids=["spans-float32", "holes-bfloat16"]
+    ("case", "dtype"),
+    [
+        pytest.param(SPANS, torch.float32, id="spans-float32"),
+        pytest.param(HOLES, torch.bfloat16, id="holes-bfloat16", marks=pytest.mark.slow),
+    ],
 )
 
 
