@@ -80,6 +80,9 @@ bench: $(STAMP) ## the tables of record: make bench TEST_TEXT=wiki.test.raw TRAI
 bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine (two hours; resumable)
 	@set -e; for table in attention generate; do \
 		$(OFFLINE) $(BIN)/python benchmarks/$$table.py -o benchmarks/results/cpu-$$table.json; done
+	@set -e; for isa in avx2 portable; do \
+		$(OFFLINE) LOKI_NATIVE_ISA=$$isa $(BIN)/loki bench attention --shapes 32/8/128 --lengths 8K,32K --batches 1 \
+			--planes 32@4+64@2 -o benchmarks/results/cpu-attention-$$isa.json; done
 	$(BIN)/python benchmarks/tables.py
 
 docs: $(STAMP) ## run the examples and check the links of README.md, CONTRIBUTING.md and docs/

@@ -8,6 +8,7 @@ from loki_attention.benchmarking.generate import BREAK_EVEN, DEFAULT, VARIANTS
 from loki_attention.results import Environment, Result, SavedResults, Setting, load_results
 
 ATTENTION, GENERATE = "cpu-attention.json", "cpu-generate.json"
+LESSER = ("cpu-attention-avx2.json", "cpu-attention-portable.json")
 SHORT_LENGTHS = (8192, 32768, 131072)
 INTRODUCTION = """# Speed on the CPU
 
@@ -27,6 +28,7 @@ def speed_document(folder: Path) -> str | None:
         parts += summaries(attention.results)
         parts += [case_table(case) for key, case in by_case(attention.results).items() if in_full(key)]
         parts.append(made_by(attention.environment))
+        parts += instruction_sets([attention, *(one for name in LESSER if (one := saved(folder / name)) is not None)])
     if generate is not None:
         parts += ["## Whole generation\n", generate_table(generate.results), made_by(generate.environment)]
     return "\n".join(parts) if len(parts) > 1 else None
@@ -93,6 +95,36 @@ def summary_rows(case: Sequence[Result]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def instruction_sets(files: Sequence[SavedResults]) -> list[str]:
+    """The cases of the lesser instruction sets beside the same ones of the best, all at the first planes measured there."""
+    tables = {str(file.results[0].config["isa"]): by_case(file.results) for file in files}
+    if len(tables) == 1:
+        return []
+    lines = [
+        "## Other instruction sets\n",
+        "The same machine, made to use a lesser set by `LOKI_NATIVE_ISA`. *Over sdpa* is within each run: torch keeps its own.\n",
+        "| case, planes | set | sdpa, ms | our dense, ms (of probe) | step 1/8, ms (of probe) | over sdpa · dense at 1/8 | 1/16 | 1/32 |",
+        "|" + "---|" * 8,
+    ]
+    for key in list(tables.values())[-1]:
+        heads, batch, tokens, _, selection = key
+        for isa, cases in tables.items():
+            if key not in cases:
+                continue
+            rows = {named(one.result): one for one in compared(cases[key])}
+            steps = [one for name, one in rows.items() if name.startswith("loki") and not name.endswith("no tail")][:3]
+            cells = [
+                f"{heads}, batch {batch}, {tokens:,}, {selection}, {steps[0].result.config['planes']}",
+                isa,
+                f"{1e3 * rows['sdpa'].result.value:.2f}",
+                timed(rows["dense (ours)"].result),
+                timed(steps[0].result),
+                *(f"{gain(one.over_sdpa)} · {gain(one.over_dense)}" for one in steps),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return ["\n".join(lines) + "\n", *(made_by(file.environment) for file in files[1:])]
 
 
 def timed(result: Result) -> str:
