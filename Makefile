@@ -8,6 +8,8 @@ OLDEST ?= torch==2.11.0 transformers==5.17.0
 # WikiText-2 in its raw form, for the tables of record.
 TEST_TEXT ?=
 TRAIN_TEXT ?=
+# Source code in one file, which a basis of prose is evaluated on.
+CODE ?=
 
 VENV := .venv
 OLDEST_VENV := .venv-oldest
@@ -19,7 +21,7 @@ STAMP := $(VENV)/.stamp
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest fuzz sanitize lint bench bench-cpu docs clean
+.PHONY: help demo test test-all test-oldest fuzz sanitize lint bench bench-cpu evidence docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,12 +72,16 @@ lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## the tables of record: make bench TEST_TEXT=wiki.test.raw TRAIN_TEXT=wiki.train.raw (an hour; resumable)
+STUDIES ?= wikitext2,retrieval,equal-bytes,tails,ablation,calibration
+
+evidence: $(STAMP) ## the numbers of record: make evidence TEST_TEXT=wiki.test.raw TRAIN_TEXT=wiki.train.raw CODE=code.txt (hours; resumable)
 	@test -f '$(TEST_TEXT)' -a -f '$(TRAIN_TEXT)' || \
-		{ echo 'give WikiText-2 in raw form: make bench TEST_TEXT=wiki.test.raw TRAIN_TEXT=wiki.train.raw' >&2; exit 1; }
-	@set -e; for table in wikitext2 retrieval; do \
-		$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/$$table.py --text '$(TEST_TEXT)' \
-			--calibration-text '$(TRAIN_TEXT)' -o benchmarks/results/$$table.json; done
+		{ echo 'give WikiText-2 in raw form: make $@ TEST_TEXT=wiki.test.raw TRAIN_TEXT=wiki.train.raw' >&2; exit 1; }
+	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/evidence.py --text '$(TEST_TEXT)' \
+		--calibration-text '$(TRAIN_TEXT)' $(if $(CODE),--code '$(CODE)') --only $(STUDIES)
+
+bench: ## of these the tables by share of tokens: make bench TEST_TEXT=wiki.test.raw TRAIN_TEXT=wiki.train.raw (an hour; resumable)
+	$(MAKE) evidence STUDIES=wikitext2,retrieval
 
 bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine (two hours; resumable)
 	@set -e; for table in attention generate; do \

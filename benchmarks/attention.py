@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from loki_attention.benchmarking.attention import Suite, measure
-from loki_attention.benchmarking.resumable import run_items
 from loki_attention.benchmarking.timing import machine
+from loki_attention.ledger import Ledger
 from loki_attention.results import Result, environment, hardware, save_results
 
 
@@ -37,11 +39,17 @@ def main() -> None:
         torch.manual_seed(0)
         return [asdict(result) for result in measure(cases[index], suite).results]
 
-    key = f"{[str(case) for case in cases]} {suite.rounds} {hardware()} {machine()} {made_by.commit} {made_by.versions}"
-    partial = arguments.output.with_suffix(".partial")
-    items = run_items(partial, key, len(cases), one)
-    save_results(arguments.output, [Result(**row) for item in items for row in item], made_by)
-    partial.unlink()
+    key = f"{suite.rounds} {hardware()} {machine()} {made_by.commit} {made_by.versions}"
+    ledger = Ledger(arguments.output.with_suffix(".partial"))
+    results: list[Result] = []
+    for index, case in enumerate(track(cases, description="attention", console=Console(stderr=True))):
+        rows = ledger.get(f"{case} {key}", 0)
+        if rows is None:
+            rows = one(index)
+            ledger.add(f"{case} {key}", 0, rows)
+        results += [Result(**row) for row in rows]
+    save_results(arguments.output, results, made_by)
+    ledger.discard()
 
 
 if __name__ == "__main__":

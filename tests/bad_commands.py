@@ -69,4 +69,20 @@ loki generate my-model --basis my-basis --prompt-file prompt.txt --monitor-every
   error: monitor_every must be a whole number of decode steps, at least 1; got 0
 loki generate fine-tuned --basis my-basis --prompt-file prompt.txt
   error: this basis was calibrated on other weights of the same architecture (a fine-tune?); calibrate this model, or pass other_weights=True (--other-weights) to use the basis all the same
+loki evaluate my-model --tasks perplexety
+  error: unknown task 'perplexety'; known: perplexity, retrieval, fidelity, lm-eval:TASK (did you mean 'perplexity'?)
+loki evaluate my-model --tasks retrieval:multikey
+  error: unknown family 'multikey'; known: single, multi-key, multi-value, multi-query, variable-tracking, common-words (did you mean 'multi-key'?)
+loki evaluate my-model --basis my-basis --methods loki:tale=none
+  error: unknown setting of loki 'tale'; known: planes, tail, per, candidate, dense, minimum, sinks, recent (did you mean 'tail'?)
+loki evaluate my-model --methods loki --tasks perplexity --window 256 --windows 1
+  error: method 'loki' needs a basis, got none; give --basis DIR (loki calibrate writes one)
+loki evaluate my-model --budgets bytes=lots
+  error: a budget of 'bytes=lots' is no share of dense attention's bytes; write bytes=1/8
+loki evaluate my-model --tasks retrieval --lengths 8K
+  error: a length of 8192 tokens; this model takes at least 2 and at most 512
+loki evaluate my-model --text nowhere.txt
+  error: nowhere.txt is not there; give the path of a text file or of a folder of text files
+loki compare my-basis/manifest.json
+  error: my-basis/manifest.json has no schema version; this version reads 1: write the results again
 """  # noqa: E501

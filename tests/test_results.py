@@ -7,15 +7,8 @@ import torch
 
 from loki_attention import results
 from loki_attention.errors import ArgumentError
-from loki_attention.results import (
-    Interval,
-    Result,
-    bootstrap_interval,
-    environment,
-    load_results,
-    save_results,
-    wilson_interval,
-)
+from loki_attention.intervals import Interval, wilson_interval
+from loki_attention.results import Result, environment, load_results, save_results
 
 RESULTS = [
     Result(
@@ -29,6 +22,7 @@ RESULTS = [
         config={"method": "loki", "planes": "16@4+32@2", "length": 2048, "fraction": 0.125, "tail": None},
     ),
     Result(metric="perplexity", value=22, unit="per token", n=20),
+    Result(metric="log_loss", value=2.5, unit="nats", n=3, items=(1, 0.25, 1.5e-07)),
 ]
 
 
@@ -45,6 +39,19 @@ def test_results_survive_the_file(saved):
     assert isinstance(loaded.results[0].interval, Interval)
     assert loaded.environment.command == "loki demo"
     assert [path.name for path in saved.parent.iterdir()] == ["results.json"]
+
+
+def test_items_are_one_text_and_older_files_have_none(saved):
+    content = json.loads(saved.read_text())
+    assert content["results"][2]["items"] == "1 0.25 1.5e-07"
+    for record in content["results"]:
+        del record["items"]
+    saved.write_text(json.dumps(content))
+    assert [result.items for result in load_results(saved).results] == [None] * 3
+    content["results"][0]["items"] = "1 two 3"
+    saved.write_text(json.dumps(content))
+    with pytest.raises(ArgumentError, match="field 'items' has '1 two 3'"):
+        load_results(saved)
 
 
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
@@ -124,7 +131,7 @@ def test_no_git_means_no_commit(monkeypatch):
         (lambda c: c.pop("environment"), "environment: no record"),
         (lambda c: c["environment"].pop("commit"), "environment: field 'commit' is missing"),
         (lambda c: c["environment"].update(threads="two"), "environment: field 'threads' has 'two'"),
-        (lambda c: c["results"].append(5), "result 2: no record"),
+        (lambda c: c["results"].append(5), "result 3: no record"),
         (lambda c: c["results"][1].update(valeu=1), "result 1: field 'valeu' is unknown; known fields: metric"),
         (lambda c: c["results"][0].pop("unit"), "result 0: field 'unit' is missing"),
         (lambda c: c["results"][0].update(value="0.97"), "result 0: field 'value' has '0.97'"),
@@ -157,33 +164,3 @@ def test_what_is_no_results_file_is_refused(tmp_path):
 def test_a_result_is_finite(wrong):
     with pytest.raises(ArgumentError, match=r"finite|at least 1"):
         Result(**{"metric": "kl", "value": 1.0, "unit": "nats", "n": 1, **wrong})
-
-
-def test_wilson_bounds_stay_in_range_and_hold_the_share():
-    for n in (1, 10, 400):
-        for successes in {0, 1, n // 2, n}:
-            low, high = wilson_interval(successes, n)
-            assert 0 <= low <= successes / n <= high <= 1
-    assert wilson_interval(0, 10).high == pytest.approx(0.27753, abs=1e-5)
-    for wrong in ((1, 0), (-1, 5), (6, 5)):
-        with pytest.raises(ArgumentError):
-            wilson_interval(*wrong)
-
-
-def test_the_bootstrap_agrees_with_the_normal_approximation():
-    values = torch.randn(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    low, high = bootstrap_interval(values, seed=0, resamples=2000)
-    half = 1.96 * float(values.std()) / math.sqrt(len(values))
-    assert low == pytest.approx(float(values.mean()) - half, abs=0.1 * half)
-    assert high == pytest.approx(float(values.mean()) + half, abs=0.1 * half)
-
-
-def test_the_bootstrap_is_repeatable_and_refuses_nonsense():
-    values = [0.0, 1.0, 1.0, 0.5]
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(torch.tensor(values), seed=3)
-    assert bootstrap_interval([0.25], seed=0) == (0.25, 0.25)
-    for wrong in ([], [1.0, math.nan], torch.zeros(2, 2)):
-        with pytest.raises(ArgumentError, match="finite values"):
-            bootstrap_interval(wrong, seed=0)
-    with pytest.raises(ArgumentError, match="at least 40"):
-        bootstrap_interval(values, seed=0, resamples=10)

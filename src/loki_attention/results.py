@@ -1,6 +1,6 @@
 """One schema for every number this project publishes: what was measured, how surely, and on what machine.
 
-Knows how results are written, read and bounded; knows nothing of how they come about.
+Knows how results are written and read; knows nothing of how they come about or how sure they are (``intervals``).
 """
 
 import json
@@ -23,21 +23,13 @@ import torch
 
 from loki_attention.errors import ArgumentError
 from loki_attention.files import written_whole
+from loki_attention.intervals import Interval
 
 SCHEMA_VERSION = 1
 
 Setting = str | int | float | None
 
-_NORMAL_95 = 1.959963984540054
-_RESAMPLED_AT_ONCE = 1 << 20
 _ABSOLUTE = re.compile(r"/|~|[A-Za-z]:[\\/]")
-
-
-class Interval(NamedTuple):
-    """A 95 % confidence interval, in the value's unit."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +38,8 @@ class Result:
 
     ``value`` in ``unit``, over ``n`` questions, windows or runs drawn by ``seed`` (``None``: nothing was drawn);
     ``read_bytes``: cache bytes read a decode step, where it was measured; ``config``: what else tells this result
-    from its neighbours (method, budget, planes, length). Raises ``ArgumentError`` for a value that is not finite.
+    from its neighbours (method, budget, planes, length); ``items``: the value of each of the n, where they were kept,
+    for paired comparisons. Raises ``ArgumentError`` for a value that is not finite.
     """
 
     metric: str
@@ -57,14 +50,20 @@ class Result:
     interval: tuple[int | float, int | float] | None = None
     read_bytes: int | float | None = None
     config: Mapping[str, Setting] = field(default_factory=dict)
+    items: tuple[int | float, ...] | None = None
 
     def __post_init__(self) -> None:
-        numbers = [self.value, *(self.interval or ()), self.read_bytes or 0]
+        numbers = [self.value, *(self.interval or ()), self.read_bytes or 0, *(self.items or ())]
         numbers += [setting for setting in self.config.values() if isinstance(setting, float)]
         if not all(math.isfinite(number) for number in numbers):
             raise ArgumentError(f"{self.metric}: a result must be made of finite numbers; got {numbers}")
         if self.n < 1:
             raise ArgumentError(f"{self.metric}: a result over {self.n} items is none; n must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the items as one text, six digits each, so that a file stays readable."""
+        items = None if self.items is None else " ".join(f"{item:.6g}" for item in self.items)
+        return {**asdict(self), "items": items}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +124,7 @@ def save_results(path: str | os.PathLike[str], results: Sequence[Result], enviro
     content = {
         "schema": SCHEMA_VERSION,
         "environment": asdict(environment),
-        "results": [asdict(result) for result in results],
+        "results": [result.to_dict() for result in results],
     }
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     with written_whole(Path(path)) as draft:
@@ -152,57 +151,15 @@ def load_results(path: str | os.PathLike[str]) -> SavedResults:
         raise ArgumentError(f"{path} has no list of results: it is damaged; write the results again")
     results = []
     for number, record in enumerate(content["results"]):
+        # Files from before items were kept have none.
+        record = {"items": None, **record} if isinstance(record, dict) else record
         checked = _checked(record, _RESULT_CHECKS, f"{path}, result {number}")
-        interval = checked.pop("interval")
-        results.append(Result(interval=None if interval is None else Interval(*map(float, interval)), **checked))
+        interval, items = checked.pop("interval"), checked.pop("items")
+        bounds = None if interval is None else Interval(*map(float, interval))
+        results.append(Result(interval=bounds, items=None if items is None else _numbers(items), **checked))
     return SavedResults(
         tuple(results), Environment(**_checked(content.get("environment"), _ENVIRONMENT_CHECKS, f"{path}, environment"))
     )
-
-
-def wilson_interval(successes: int, n: int) -> Interval:
-    """Wilson's 95 % interval of a share, of ``successes`` among ``n`` trials; never beyond [0, 1].
-
-    >>> low, high = wilson_interval(97, 100)
-    >>> round(low, 4), round(high, 4)
-    (0.9155, 0.9897)
-
-    Raises ``ArgumentError`` where n is below 1 or ``successes`` outside [0, n].
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ArgumentError(f"{successes} successes among {n} trials; n must be at least 1 and 0 <= successes <= n")
-    share, z2 = successes / n, _NORMAL_95**2
-    center = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Interval(min(share, max(0.0, center - half)), max(share, min(1.0, center + half)))
-
-
-def bootstrap_interval(values: Sequence[int | float] | torch.Tensor, *, seed: int, resamples: int = 10000) -> Interval:
-    """The percentile bootstrap's 95 % interval of the mean of ``values``: scores, or paired differences of scores.
-
-    Each resample draws n of the n values with replacement, by a generator of its own seeded with ``seed``: the same
-    input gives the same interval. One value gives an interval of width 0. Raises ``ArgumentError`` for no values,
-    values that are not finite or not one-dimensional, and fewer than 40 resamples.
-
-    >>> bootstrap_interval([1.0, 1.0, 1.0], seed=0)
-    Interval(low=1.0, high=1.0)
-    """
-    sample = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-    if sample.ndim != 1 or not len(sample) or not bool(sample.isfinite().all()):
-        raise ArgumentError(
-            f"a bootstrap needs a row of finite values, at least one; got shape {tuple(sample.shape)}: leave out what"
-            " is not finite, or average it first"
-        )
-    if resamples < 40:
-        raise ArgumentError(f"resamples is {resamples}; at least 40 are needed to place 2.5 % and 97.5 %")
-    generator = torch.Generator().manual_seed(seed)
-    rows = max(1, _RESAMPLED_AT_ONCE // len(sample))
-    means = []
-    for start in range(0, resamples, rows):
-        shape = (min(rows, resamples - start), len(sample))
-        means.append(sample[torch.randint(len(sample), shape, generator=generator)].mean(dim=1))
-    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(low, high)
 
 
 def _of(*types: type) -> Callable[[object], bool]:
@@ -211,6 +168,14 @@ def _of(*types: type) -> Callable[[object], bool]:
 
 def _mapping_of(*types: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(map(_of(*types), value.values()))
+
+
+def _numbers(text: str) -> tuple[int | float, ...]:
+    return tuple(int(word) if word.isdecimal() else float(word) for word in text.split())
+
+
+def _is_numbers(value: object) -> bool:
+    return value is None or (isinstance(value, str) and re.fullmatch(r"[-+.e0-9 ]+", value) is not None)
 
 
 def _is_interval(value: object) -> bool:
@@ -226,6 +191,7 @@ _RESULT_CHECKS = {
     "interval": _is_interval,
     "read_bytes": _of(int, float, NoneType),
     "config": _mapping_of(str, int, float, NoneType),
+    "items": _is_numbers,
 }
 _ENVIRONMENT_CHECKS = {
     "command": _of(str),

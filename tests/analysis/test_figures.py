@@ -121,7 +121,7 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        figures._write(figure, first)
+        figures.write_figure(figure, first)
     assert first.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
 

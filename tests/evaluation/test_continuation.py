@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from loki_attention import Budget, LokiWarning
-from loki_attention.evaluation.continuation import DensePrompt, compare_window, loss_of
-from loki_attention.evaluation.fidelity import kept_mass
+from loki_attention.evaluation.continuation import compare_window, loss_of
+from loki_attention.evaluation.kept_mass import kept_mass
 from loki_attention.evaluation.variant import Variant
+from loki_attention.integrations.huggingface.dense_prompt import DensePrompt
 from loki_attention.integrations.huggingface.observe import observe
 from models import BUDGET, random_ids, tiny_basis, tiny_model
 

@@ -35,11 +35,19 @@ def test_windows_are_consecutive(reference_tokenizer):
     assert torch.equal(text_windows(reference_tokenizer, text, length=100, count=1)[0], windows[0])
 
 
+def test_windows_may_overlap(reference_tokenizer):
+    text = haystack_text().read_text(encoding="utf-8")[:5000]
+    ids = tokenize(reference_tokenizer, text)
+    windows = text_windows(reference_tokenizer, text, length=100, stride=40)
+    assert len(windows) == (len(ids) - 100) // 40 + 1
+    assert all(window[0].tolist() == ids[40 * i : 40 * i + 100] for i, window in enumerate(windows))
+
+
 def test_too_few_windows_are_refused(reference_tokenizer):
     with pytest.raises(ArgumentError, match=r"0 windows of 100; 1 asked for"):
         text_windows(reference_tokenizer, "Too short.", length=100)
     with pytest.raises(ArgumentError, match=r"windows of 1; 1000 asked for"):
         text_windows(reference_tokenizer, "Too short.", length=1, count=1000)
-    for wrong in ({"length": 0}, {"length": 10, "count": 0}):
+    for wrong in ({"length": 0}, {"length": 10, "count": 0}, {"length": 10, "stride": 0}):
         with pytest.raises(ArgumentError, match="at least 1"):
             text_windows(reference_tokenizer, "Some text.", **wrong)

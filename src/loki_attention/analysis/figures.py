@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by every kind of colour vision, and in grey by line style or marker.
-_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY, _GREY = (
+COLORS = _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY, _GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#6E6E6E"
 )  # fmt: skip
 _CANDIDATE_STYLE = {
@@ -62,12 +62,12 @@ def write_figures(basis: KeyBasis, folder: str | Path) -> list[Path]:
         raise ArgumentError(
             "this basis has neither moments nor held-out figures, so there is nothing to draw; calibrate again"
         )
-    return [_write(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
+    return [write_figure(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
 
 
 def write_answers_figure(scores: Sequence[Score], folder: str | Path) -> Path:
     """``answers.png`` in ``folder``: questions answered rightly by each variant, beside the bytes that it read."""
-    figure = _figure(9.0, 1.6 + 0.5 * len(scores))
+    figure = new_figure(9.0, 1.6 + 0.5 * len(scores))
     left, right = figure.subplots(1, 2, sharey=True)
     names = [score.variant for score in scores]
     colors = [_BLUE if name == "loki" else _GREY for name in names]
@@ -78,20 +78,20 @@ def write_answers_figure(scores: Sequence[Score], folder: str | Path) -> Path:
     ):
         bars = axes.barh(names, values, color=colors, height=0.62)
         axes.bar_label(bars, texts, padding=4)
-        _plain(axes, "x")
+        plain_axes(axes, "x")
     left.set(title="Hidden facts found", xlabel="questions answered rightly", xlim=(0, 1.2 * asked))
     left.set_xticks(range(0, asked + 1, max(1, asked // 5)))
     right.set_xticks(range(0, 101, 20))
     left.invert_yaxis()
     right.set(title="Read from the cache at every step", xlabel="bytes, % of dense attention's", xlim=(0, 122))
-    return _write(figure, Path(folder) / "answers.png")
+    return write_figure(figure, Path(folder) / "answers.png")
 
 
 def write_curves_figure(
     curves: Sequence[Curve], folder: str | Path, name: str, *, title: str, label: str, marked: int | None = None
 ) -> Path:
     """``name``.png in ``folder``: values by length, both axes logarithmic; a vertical line at ``marked`` tokens."""
-    figure = _figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
     colors, markers = (_GREY, _ORANGE, _GREEN, _BLUE, _RED, _PURPLE, _SKY), "sx^oDv*"
     for i, curve in enumerate(curves):
@@ -105,8 +105,8 @@ def write_curves_figure(
     axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
     axes.set(title=title, xlabel="tokens in the cache", ylabel=label)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    _plain(axes)
-    return _write(figure, Path(folder) / f"{name}.png")
+    plain_axes(axes)
+    return write_figure(figure, Path(folder) / f"{name}.png")
 
 
 def _figures_of(basis: KeyBasis) -> Iterator[tuple[str, "Figure"]]:
@@ -125,7 +125,7 @@ def _figures_of(basis: KeyBasis) -> Iterator[tuple[str, "Figure"]]:
 
 
 def _draw_rank(table: RankTable, model: str) -> "Figure":
-    figure = _figure(7.5, 4.5)
+    figure = new_figure(7.5, 4.5)
     axes = figure.subplots()
     layers = list(table.layers)
     for side, label, color, marker in (("pre", "before RoPE", _ORANGE, "s"), ("post", "after RoPE", _BLUE, "o")):
@@ -151,7 +151,7 @@ def _draw_heat_map(table: RankTable, model: str) -> "Figure":
     layers, heads = list(table.layers), max(len(row) for row in table.layers.values())
     named = heads <= _MOST_NAMED_HEADS
     cell = 0.42 if named else 0.2
-    figure = _figure(2.6 + 2 * max(1.8, cell * heads), 1.8 + max(1.6, cell * len(layers)))
+    figure = new_figure(2.6 + 2 * max(1.8, cell * heads), 1.8 + max(1.6, cell * len(layers)))
     panels = figure.subplots(1, 2, sharey=True)
     every = [rank for head in table.heads for rank in (head.pre, head.post)]
     middle = (min(every) + max(every)) / 2
@@ -174,7 +174,7 @@ def _draw_spectra(curves: dict[int, Spectrum], model: str) -> "Figure":
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    figure = _figure(11.0, 4.2)
+    figure = new_figure(11.0, 4.2)
     panels = figure.subplots(1, 3, sharey=True)
     titles = ("keys before RoPE (PCA)", "keys after RoPE (PCA)", "scores q·k (balanced basis)")
     # The brightest yellow is hard to see on white: few layers stop short of it.
@@ -187,7 +187,7 @@ def _draw_spectra(curves: dict[int, Spectrum], model: str) -> "Figure":
             axes.plot(range(1, len(values) + 1), values, color=color, label=f"layer {layer}")
         axes.axhline(0.9, color=_GREY, linestyle=":")
         axes.set(title=title, xlabel="leading dims kept", ylim=(0, 1.03), xlim=(0, len(values)))
-        _plain(axes)
+        plain_axes(axes)
     panels[0].set_ylabel("variance explained")
     panels[0].annotate("90 %", (0, 0.9), xytext=(4, 3), textcoords="offset points", color=_GREY)
     if few:
@@ -199,7 +199,7 @@ def _draw_spectra(curves: dict[int, Spectrum], model: str) -> "Figure":
 
 
 def _draw_mass(mass: dict[str, dict[int, float]], subject: str) -> "Figure":
-    figure = _figure(10.0, 4.4)
+    figure = new_figure(10.0, 4.4)
     left, right = figure.subplots(1, 2)
     exact = mass[EXACT]
     layers = list(exact)
@@ -221,7 +221,7 @@ def _draw_mass(mass: dict[str, dict[int, float]], subject: str) -> "Figure":
 
 
 def _draw_loss(losses: Sequence[BudgetLoss], subject: str) -> "Figure":
-    figure = _figure(7.5, 4.6)
+    figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
     places = range(len(losses))
     exact = [max(loss.exact.kl, _SMALLEST_KL) for loss in losses]
@@ -249,11 +249,12 @@ def _draw_loss(losses: Sequence[BudgetLoss], subject: str) -> "Figure":
     labels = [f"{x.label}{' (asked)' * x.asked}\n({x.loki.read_fraction:.0%})" for x in losses]
     axes.set_xticks(places, labels)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    _plain(axes)
+    plain_axes(axes)
     return figure
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches; raises ``LokiError`` without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -265,7 +266,8 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _plain(axes: "Axes", grid: Literal["x", "y", "both"] = "both") -> None:
+def plain_axes(axes: "Axes", grid: Literal["x", "y", "both"] = "both") -> None:
+    """Axes without a box, with a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -274,10 +276,11 @@ def _plain(axes: "Axes", grid: Literal["x", "y", "both"] = "both") -> None:
 def _layer_axis(axes: "Axes", layers: Sequence[int]) -> None:
     every = max(1, len(layers) // _MOST_NAMED_LAYERS)
     axes.set_xticks(layers[::every])
-    _plain(axes)
+    plain_axes(axes)
 
 
-def _write(figure: "Figure", path: Path) -> Path:
+def write_figure(figure: "Figure", path: Path) -> Path:
+    """The PNG file, written whole or not at all."""
     with written_whole(path) as draft:
         figure.savefig(draft, format="png", dpi=_DOTS_PER_INCH)
     return path

@@ -3,9 +3,6 @@
 Knows suffixes, encodings and what a caller may hand in; how texts are cut is known to ``cutting.py``.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from os import PathLike
@@ -19,11 +16,10 @@ from loki_attention.calibration.cutting import Document, cut_documents
 from loki_attention.calibration.windows import Request, Source, Windows
 from loki_attention.errors import ArgumentError, CorpusError, check_tokens
 from loki_attention.evaluation.text import Tokenizer, tokenize
+from loki_attention.evaluation.text_files import BLANK_LINE, read_text, text_files
 
 __all__ = ["Windows", "windows_from_files", "windows_from_ids", "windows_from_texts"]
 
-_SUFFIXES = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz")
-_BLANK_LINE = "\n\n"
 _CHARACTERS_READ_PER_TOKEN = (8, 32, 128)
 
 
@@ -53,8 +49,8 @@ def windows_from_files(
         raise ArgumentError("no paths given; name at least one text file or folder")
     documents: dict[Path, Document] = {}
     for path in map(Path, listed):
-        for file, name in _files(path):
-            documents.setdefault(file.resolve(), Document(name, partial(_read, file, field)))
+        for file, name in text_files(path):
+            documents.setdefault(file.resolve(), Document(name, partial(read_text, file, field)))
     return cut_documents(list(documents.values()), tokenizer, request, seed=seed)
 
 
@@ -80,7 +76,7 @@ def windows_from_texts(
     parts = _read_enough(_strings(texts), tokenizer, request.windows * length)
     if not parts:
         raise CorpusError("texts is empty: give at least one string of text to calibrate on")
-    return cut_documents([Document("texts", partial(_BLANK_LINE.join, parts))], tokenizer, request, seed=seed)
+    return cut_documents([Document("texts", partial(BLANK_LINE.join, parts))], tokenizer, request, seed=seed)
 
 
 def windows_from_ids(token_ids: Iterable[object], *, length: int, vocab_size: int) -> Windows:
@@ -118,63 +114,6 @@ def windows_from_ids(token_ids: Iterable[object], *, length: int, vocab_size: in
     )
 
 
-def _files(path: Path) -> list[tuple[Path, str]]:
-    """The usable files of a path with their names: a file's own, or the folder's and the way from there."""
-    if path.is_file():
-        if not path.name.lower().endswith(_SUFFIXES):
-            raise CorpusError(f"{path} is not a text file this reads; known suffixes: {', '.join(_SUFFIXES)}")
-        if path.stat().st_size == 0:
-            raise CorpusError(f"{path} is empty; give a file with text in it")
-        return [(path, path.name)]
-    if not path.is_dir():
-        raise CorpusError(f"{path} is not there; give the path of a text file or of a folder of text files")
-    inside = [(file, file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
-    usable = [
-        (file, (Path(path.resolve().name) / name).as_posix())
-        for file, name in inside
-        if name.name.lower().endswith(_SUFFIXES)
-        and not any(part.startswith(".") for part in name.parts)
-        and file.stat().st_size
-    ]
-    if not usable:
-        raise CorpusError(f"the folder {path} has no text files; known suffixes: {', '.join(_SUFFIXES)}")
-    return usable
-
-
-def _read(path: Path, field: str) -> str:
-    """The text of a file, a .jsonl file's records joined by blank lines."""
-    name = path.name.lower()
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if name.endswith(".gz") else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path} cannot be read: {error}") from None
-    text = text.replace("\r\n", "\n")
-    return _BLANK_LINE.join(_records(path, text, field)) if name.removesuffix(".gz").endswith(".jsonl") else text
-
-
-def _records(path: Path, text: str, field: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(
-                f"{path}, line {number}, is no JSON ({error}); a .jsonl file has one record a line"
-            ) from None
-        value = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-            raise CorpusError(
-                f"{path}, line {number}, has no text in field {field!r} (it has: {found or 'nothing'}); name the field"
-                " that holds the text"
-            )
-        yield value
-
-
 def _strings(texts: Iterable[object]) -> Iterator[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
@@ -191,12 +130,12 @@ def _read_enough(strings: Iterator[str], tokenizer: Tokenizer, tokens: int) -> l
     for characters_per_token in _CHARACTERS_READ_PER_TOKEN:
         for text in strings:
             parts.append(text)
-            size += len(text) + len(_BLANK_LINE)
+            size += len(text) + len(BLANK_LINE)
             if size >= characters_per_token * tokens:
                 break
         else:
             return parts
-        if len(tokenize(tokenizer, _BLANK_LINE.join(parts))) >= tokens:
+        if len(tokenize(tokenizer, BLANK_LINE.join(parts))) >= tokens:
             break
     return parts
 

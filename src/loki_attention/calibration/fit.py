@@ -26,8 +26,8 @@ from loki_attention.core.spec import ModelSpec
 from loki_attention.core.tail import TAILS
 from loki_attention.errors import LokiWarning
 from loki_attention.evaluation.continuation import Loss, compare_window
-from loki_attention.evaluation.fidelity import kept_mass
 from loki_attention.evaluation.held_out import EXACT
+from loki_attention.evaluation.kept_mass import kept_mass
 from loki_attention.evaluation.variant import Variant
 
 LADDER = {"1/8": 1 / 8, "1/16": 1 / 16, "1/32": 1 / 32}

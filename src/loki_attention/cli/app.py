@@ -10,7 +10,9 @@ from typer.core import TyperGroup
 from loki_attention import __version__
 from loki_attention.cli.bench import bench
 from loki_attention.cli.calibrate import CALIBRATE_EXAMPLES, calibrate_command
+from loki_attention.cli.compare import COMPARE_EXAMPLES, compare_command
 from loki_attention.cli.demo import DEMO_EXAMPLES, demo_command
+from loki_attention.cli.evaluate import EVALUATE_EXAMPLES, evaluate_command
 from loki_attention.cli.generate import GENERATE_EXAMPLES, generate_command
 from loki_attention.cli.info import INFO_EXAMPLES, info_command
 from loki_attention.cli.inspect import INSPECT_EXAMPLES, inspect_command
@@ -64,6 +66,8 @@ app.command("info", epilog=INFO_EXAMPLES)(info_command)
 app.command("calibrate", epilog=CALIBRATE_EXAMPLES)(calibrate_command)
 app.command("inspect", epilog=INSPECT_EXAMPLES)(inspect_command)
 app.command("generate", epilog=GENERATE_EXAMPLES)(generate_command)
+app.command("evaluate", epilog=EVALUATE_EXAMPLES)(evaluate_command)
+app.command("compare", epilog=COMPARE_EXAMPLES)(compare_command)
 app.add_typer(bench, name="bench")
 
 

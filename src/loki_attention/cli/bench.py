@@ -9,8 +9,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loki_attention.cli.bench_tables import attention_table, break_even_table, generate_table, machine_line
+from loki_attention.cli.lists import fraction, length, listed, whole
 from loki_attention.cli.output import AsJson, examples, messages, print_json, results
-from loki_attention.errors import ArgumentError
 
 if TYPE_CHECKING:
     from loki_attention.results import Environment, Result
@@ -71,12 +71,12 @@ def attention_command(
 
     _check_dtype(dtype)
     chosen: dict[str, Any] = {
-        "shapes": _list(shapes, Heads.parse),
-        "lengths": _list(lengths, _length),
-        "batches": _list(batches, _whole),
-        "planes": _list(planes, str),
-        "fractions": _list(fractions, _fraction),
-        "selections": _list(selections, str),
+        "shapes": listed(shapes, Heads.parse),
+        "lengths": listed(lengths, length),
+        "batches": listed(batches, whole),
+        "planes": listed(planes, str),
+        "fractions": listed(fractions, fraction),
+        "selections": listed(selections, str),
         "rounds": rounds,
     }
     small: dict[str, Any] = {
@@ -169,7 +169,7 @@ def generate_command(
     from loki_attention.benchmarking import generate
     from loki_attention.core.budget import Budget
 
-    given = {"lengths": _list(lengths, _length), "rounds": rounds}
+    given = {"lengths": listed(lengths, length), "rounds": rounds}
     small = {"shape": generate.SMALL_MODEL, "lengths": [1024], "rounds": 2}
     chosen = {name: value for name, value in given.items() if value is not None}
     settings: dict[str, Any] = {**(small if quick else {}), **chosen}
@@ -221,7 +221,7 @@ def _finish(
     if output is not None:
         save_results(output, rows, made_by)
     if as_json:
-        document = {"environment": asdict(made_by), "results": [asdict(row) for row in rows]}
+        document = {"environment": asdict(made_by), "results": [row.to_dict() for row in rows]}
         print_json(document | {"figures": [str(picture) for picture in pictures]})
         return
     print(machine_line(made_by))
@@ -254,26 +254,3 @@ def _check_dtype(dtype: str) -> None:
 
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, tuple(DTYPES))
-
-
-def _list(text: str | None, parse: Callable[[str], Found]) -> list[Found] | None:
-    return None if text is None else [parse(part.strip()) for part in text.split(",")]
-
-
-def _length(text: str) -> int:
-    """A count of tokens: 32768 or 32K."""
-    number, unit = (text[:-1], 1024) if text.upper().endswith("K") else (text, 1)
-    return _whole(number) * unit
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise ArgumentError(f"{text!r} is no whole number above 0; write 8192 or 8K for a length, 8 for a batch")
-    return int(text)
-
-
-def _fraction(text: str) -> str:
-    numerator, _, denominator = text.partition("/")
-    if not (numerator.isdecimal() and denominator.isdecimal() and 0 < int(numerator) <= int(denominator)):
-        raise ArgumentError(f"a budget of {text!r} is no fraction of the tokens; write 1/8")
-    return text

@@ -15,7 +15,7 @@ from loki_attention.files import written_whole
 if TYPE_CHECKING:
     from loki_attention.core.basis import KeyBasis
     from loki_attention.evaluation.answers import Answer, Score
-    from loki_attention.evaluation.needles import Question
+    from loki_attention.evaluation.haystack import Question
 
 DEMO_EXAMPLES = examples("loki demo", "loki demo -o my-folder", "loki demo --json > demo.json")
 METHODS = ("dense", "loki", "exact-topk", "streaming")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from loki_attention.evaluation.answers import Answer
-from loki_attention.evaluation.continuation import DensePrompt
-from loki_attention.evaluation.needles import Question
+from loki_attention.evaluation.haystack import Question
 from loki_attention.evaluation.variant import Variant
+from loki_attention.integrations.huggingface.dense_prompt import DensePrompt
 
 
 def generate_answers(model: Any, tokenizer: Any, question: Question, variants: Sequence[Variant]) -> list[Answer]:
@@ -26,20 +26,9 @@ def generate_answers(model: Any, tokenizer: Any, question: Question, variants: S
 
 
 def _generate(tokenizer: Any, question: Question, prompt: DensePrompt, variant: Variant) -> Answer:
-    ids = question.prompt[None].to(prompt.model.device)
-    try:
-        with variant.attach(prompt.model) as attached:
-            output = prompt.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=prompt.cache,
-                max_new_tokens=len(question.answer),
-                do_sample=False,
-            )
-    finally:
-        prompt.rewind()
-    new = output[0, ids.shape[1] :].cpu()
-    sparse = [layer for layer in attached.report().layers if layer.sparse_rows]
+    last = question.prompt[None, -1:]
+    new, report = prompt.generate(last, variant, max_new_tokens=len(question.answer), do_sample=False)
+    sparse = [layer for layer in report.layers if layer.sparse_rows]
     rows = max(1, sum(layer.sparse_rows for layer in sparse))
     return Answer(
         variant=variant.name,

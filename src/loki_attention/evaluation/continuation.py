@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loki_attention.evaluation.variant import Variant
-from loki_attention.integrations.huggingface.loading import new_cache
+from loki_attention.evaluation.variant import DENSE, Variant
+from loki_attention.integrations.huggingface.dense_prompt import DensePrompt
 
 _ROWS_AT_ONCE = 512
 
@@ -73,45 +73,24 @@ class Loss(NamedTuple):
         }
 
 
-class DensePrompt:
-    """A prompt computed densely once, whose cache any number of variants continue from."""
+def compare_window(
+    model: Any, window: Int[Tensor, "1 s"], variants: Sequence[Variant], *, prompt: int | None = None
+) -> dict[str, Loss]:
+    """The loss of every variant on one window of at least 4 tokens, by name.
 
-    def __init__(self, model: Any, prompt: Int[Tensor, "1 s"]) -> None:
-        self.model, self.length = model, prompt.shape[1]
-        self.cache = new_cache(model)
-        model(prompt.to(model.device), past_key_values=self.cache, logits_to_keep=1)
-
-    def logits(self, rows: Int[Tensor, "1 t"], variant: Variant | None) -> tuple[Float[Tensor, "t v"], float, float]:
-        """Logits of ``rows`` after the prompt, bytes read and bytes dense; the cache is left as it was.
-
-        ``None`` is dense attention.
-        """
-        rows = rows.to(self.model.device)
-        try:
-            if variant is None:
-                return self.model(rows, past_key_values=self.cache).logits[0], 0.0, 0.0
-            with variant.attach(self.model) as attached, attached.continuation(self.length):
-                logits = self.model(rows, past_key_values=self.cache).logits[0]
-            layers = attached.report().layers
-            return logits, sum(x.bytes_read for x in layers), sum(x.bytes_dense for x in layers)
-        finally:
-            self.rewind()
-
-    def rewind(self) -> None:
-        """Forget everything behind the prompt."""
-        self.cache.crop(self.length - self.cache.get_seq_length())
-
-
-def compare_window(model: Any, window: Int[Tensor, "1 s"], variants: Sequence[Variant]) -> dict[str, Loss]:
-    """The loss of every variant on one window of at least 4 tokens, by name."""
-    half = window.shape[1] // 2
-    rows, targets = window[:, half:-1], window[0, half + 1 :].to(model.device)
+    The first ``prompt`` tokens, half of the window by default, are dense.
+    """
+    length = window.shape[1] // 2 if prompt is None else prompt
+    rows, targets = window[:, length:-1], window[0, length + 1 :].to(model.device)
     with torch.inference_mode():
-        prompt = DensePrompt(model, window[:, :half])
-        dense, _, _ = prompt.logits(rows, None)
+        shared = DensePrompt(model, window[:, :length])
+        dense, _, _ = shared.logits(rows, None)
         losses = {}
         for variant in variants:
-            logits, read, dense_read = prompt.logits(rows, variant)
+            if variant.method == DENSE:
+                losses[variant.name] = loss_of(dense, dense, targets)
+                continue
+            logits, read, dense_read = shared.logits(rows, variant)
             losses[variant.name] = loss_of(logits, dense, targets)._replace(read=read, dense_read=dense_read)
     return losses
 

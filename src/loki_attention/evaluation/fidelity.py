@@ -1,86 +1,96 @@
-"""How much attention mass a selection keeps, layer by layer and head by head, on dense forwards."""
+"""What a selection keeps of dense attention on any text, layer by layer and head by head, and what comes of it.
 
-from collections.abc import Mapping, Sequence
+Needs no labels: what to look at first on one's own prompts.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from loki_attention.core.budget import Budget
-from loki_attention.core.encoder import Encoder
-from loki_attention.evaluation.held_out import EXACT
+from loki_attention.errors import ArgumentError
+from loki_attention.evaluation.continuation import Loss, compare_window
+from loki_attention.evaluation.reading import DecodeStep
+from loki_attention.evaluation.selection_quality import MEASURES, measure_layer
+from loki_attention.evaluation.task import Score, digest_of, mean_score
+from loki_attention.evaluation.variant import DENSE, Variant
 from loki_attention.integrations.huggingface.observe import Observation, observe
-from loki_attention.kernels import torch_backend
-from loki_attention.kernels.ops import rows_at_once
-from loki_attention.kernels.rows import Rows
-from loki_attention.methods import LayerView, SelectionMethod, Step
-from loki_attention.methods.exact_topk import ExactTopK
-from loki_attention.methods.loki import Loki
+from loki_attention.methods import Method
 
-Mass = dict[str, Float[Tensor, " kv"]]
+_MOST_STEPS = 64
+_LEAST_TOKENS = 16
 
 
-def kept_mass(
-    model: Any,
-    windows: Sequence[Int[Tensor, "1 s"]],
-    encoders: Mapping[str, Mapping[int, Encoder]],
-    budget: Budget,
-) -> dict[int, Mass]:
-    """Mean attention mass that each encoder's selection keeps, by layer, name and KV head; ``exact-topk`` beside them.
+class Fidelity:
+    """Windows of text whose second half is decoded sparsely; items are windows.
 
-    Rows of each window's second half, one index set per KV head, mass averaged over rows and the group's query heads.
+    Metrics: those of ``selection_quality`` for every sparse layer (config ``layer``, ``by_head`` one number a KV head) and
+    over all of them (``layer`` "all"); ``kl_from_dense`` and ``next_token_agreement`` of the whole model. A method that
+    must see the prompt has only the latter.
     """
-    sums: dict[int, Mass] = {}
-    rows_seen = 0
 
-    def look(seen: Observation) -> None:
-        methods: dict[str, SelectionMethod] = {EXACT: ExactTopK(budget=budget, head_dim=seen.keys.shape[-1])}
-        for name, layers in encoders.items():
-            encoder = layers[seen.layer].to(seen.keys.device, seen.keys.dtype)
-            methods[name] = Loki(budget=budget, head_dim=seen.keys.shape[-1], encoder=encoder)
-        for name, mass in _mass_of(seen, methods).items():
-            layer = sums.setdefault(seen.layer, {})
-            layer[name] = layer.get(name, torch.zeros_like(mass)) + mass
+    together = True
+    name = "fidelity"
 
-    with torch.inference_mode(), observe(model, look):
-        for window in windows:
-            model(window.to(model.device), use_cache=False, logits_to_keep=1)
-            rows_seen += window.shape[1] - window.shape[1] // 2
-    return {layer: {name: mass / rows_seen for name, mass in by.items()} for layer, by in sums.items()}
+    def __init__(self, model: Any, windows: Sequence[Int[Tensor, "1 _"]], *, seed: int = 0) -> None:
+        if not windows or min(window.shape[1] for window in windows) < _LEAST_TOKENS:
+            raise ArgumentError(f"fidelity needs at least one text, and texts of at least {_LEAST_TOKENS} tokens")
+        self._model, self._windows, self._seed = model, windows, seed
+        self.items = len(windows)
+        self.digest = digest_of(*(window.numpy().tobytes() for window in windows))
+        halves = ((window.shape[1] // 2, window.shape[1]) for window in windows)
+        steps = [DecodeStep(half, tokens) for half, length in halves for tokens in range(half + 1, length)]
+        self.steps: Sequence[DecodeStep] = steps[:: max(1, len(steps) // _MOST_STEPS)]
 
+    def measure(self, index: int, variants: Sequence[Variant]) -> dict[str, Any]:
+        """Sums of the window's loss, and measures by layer, of every variant."""
+        window = self._windows[index]
+        losses = compare_window(self._model, window, variants)
+        layers = self._layers(window, [variant for variant in variants if not variant.watches_prompt])
+        return {
+            variant.name: {"loss": list(losses[variant.name][:5]), "layers": layers.get(variant.name, {})}
+            for variant in variants
+        }
 
-def _mass_of(seen: Observation, methods: Mapping[str, SelectionMethod]) -> Mass:
-    """Mass kept by each method, summed over rows and averaged over the group: (Hkv) in float64."""
-    heads, slots = seen.query.shape[1], seen.keys.shape[2]
-    kv_heads, first = seen.keys.shape[1], slots // 2
-    views = {name: _view(seen, method) for name, method in methods.items()}
-    every = torch.ones(1, slots, dtype=torch.bool, device=seen.keys.device)
-    at_once = rows_at_once(heads, slots, 0, 0)
-    total = {name: torch.zeros(kv_heads, dtype=torch.float64) for name in methods}
-    for start in range(first, slots, at_once):
-        stop = min(start + at_once, slots)
-        rows = Rows.of(every, torch.arange(start + 1, stop + 1, device=every.device)[None])
-        query = seen.query[:, :, start:stop]
-        scores = torch_backend.score_exact(query, seen.keys, seen.scale, kv_heads, seen.softmax)
-        share = scores.masked_fill(~rows.visible[:, None, None], -torch.inf).softmax(-1).mean(2)
-        for name, method in methods.items():
-            k = method.budgets(rows)
-            step = Step(query, views[name], rows, k, seen.scale, method.encode(query, seen.scale), seen.softmax)
-            slots_kept = method.choose(step).indices
-            kept = share.gather(-1, slots_kept.clamp(min=0)).masked_fill(slots_kept < 0, 0.0)
-            total[name] += kept.sum((0, 2, 3)).double().cpu()
-    return total
+    def scores(self, outcomes: Sequence[Any], dense: Sequence[Any]) -> list[Score]:
+        """Means over windows, and over heads but for ``by_head``."""
+        losses = [Loss(*outcome["loss"]) for outcome in outcomes]
+        found = [
+            mean_score("kl_from_dense", [loss.kl for loss in losses], "nats a token", seed=self._seed),
+            mean_score("next_token_agreement", [loss.agreement for loss in losses], "fraction", seed=self._seed),
+        ]
+        kept = [outcome["layers"] for outcome in outcomes if outcome["layers"]]
+        layers = list(kept[0]) if kept else []
+        for measure in (name for name in MEASURES if layers and name in kept[0][layers[0]]):
+            means = [[sum(x[layer][measure]) / len(x[layer][measure]) for x in kept] for layer in layers]
+            over_layers = [sum(column) / len(column) for column in zip(*means, strict=True)]
+            found.append(self._score(measure, over_layers, {"layer": "all"}))
+            for layer, items in zip(layers, means, strict=True):
+                heads = zip(*(x[layer][measure] for x in kept), strict=True)
+                by_head = " ".join(f"{sum(head) / len(head):.4f}" for head in heads)
+                found.append(self._score(measure, items, {"layer": layer, "by_head": by_head}))
+        return found
 
+    def _score(self, measure: str, items: Sequence[float | int], config: dict[str, Any]) -> Score:
+        return mean_score(measure, items, "fraction", seed=self._seed, config=config)
 
-def _view(seen: Observation, method: SelectionMethod) -> LayerView:
-    packed = None if method.encoder is None else method.encoder.encode_keys(seen.keys)
+    def _layers(self, window: Tensor, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+        """Measures by variant and layer, on a dense forward."""
+        methods: dict[int, dict[str, Method]] = {}
+        for variant in variants:
+            if variant.method != DENSE:
+                with variant.attach(self._model) as attached:
+                    for layer, method in attached.methods.items():
+                        methods.setdefault(layer, {})[variant.name] = method
+        found: dict[str, dict[str, Any]] = {}
 
-    def twins(encoder: Any) -> Tensor:
-        assert packed is not None
-        return packed
+        def look(seen: Observation) -> None:
+            for name, measures in measure_layer(seen, methods.get(seen.layer, {}), window.shape[1] // 2).items():
+                if measures:
+                    found.setdefault(name, {})[str(seen.layer)] = measures
 
-    def no_sums(encoder: Any, rows: Rows) -> Any:
-        raise AssertionError("mass is measured without a tail")
-
-    return LayerView(seen.keys, seen.values, twins, no_sums)
+        with torch.inference_mode(), observe(self._model, look):
+            self._model(window.to(self._model.device), use_cache=False, logits_to_keep=1)
+        return found

@@ -51,22 +51,23 @@ def detokenize_wikitext(text: str) -> str:
 
 
 def text_windows(
-    tokenizer: Tokenizer, text: str, *, length: int, count: int | None = None
+    tokenizer: Tokenizer, text: str, *, length: int, stride: int | None = None, count: int | None = None
 ) -> list[Int64[Tensor, "1 _"]]:
-    """The first ``count`` consecutive windows of ``length`` tokens of ``text``, each (1, length), int64, on the CPU.
+    """The first ``count`` windows of ``length`` tokens of ``text``, each (1, length), int64, on the CPU.
 
-    ``count=None``: all of them. A last piece shorter than ``length`` is left out: 10 tokens at length 4 are 2 windows.
+    They begin ``stride`` tokens apart, ``length`` by default; ``count=None``: all of them. A last piece shorter than
+    ``length`` is left out: 10 tokens at length 4 are 2 windows, 4 at stride 2.
 
-    Raises ``ArgumentError`` for a length or count below 1, and where the text has fewer windows than asked for.
+    Raises ``ArgumentError`` for a length, stride or count below 1, and where the text has fewer windows than asked for.
     """
-    if length < 1 or (count is not None and count < 1):
-        raise ArgumentError(f"windows of {length} tokens, {count} of them: both must be at least 1")
+    stride, wanted = length if stride is None else stride, 1 if count is None else count
+    if min(length, stride, wanted) < 1:
+        raise ArgumentError(f"windows of {length} tokens, {stride} apart, {count} of them: all must be at least 1")
     ids = torch.tensor(tokenize(tokenizer, text), dtype=torch.int64)
-    available = len(ids) // length
-    if available < (1 if count is None else count):
+    starts = range(0, len(ids) - length + 1, stride)
+    if len(starts) < wanted:
         raise ArgumentError(
-            f"the text has {len(ids)} tokens, which is {available} windows of {length};"
-            f" {1 if count is None else count} asked for: give more text, or ask for fewer or shorter windows"
+            f"the text has {len(ids)} tokens, which is {len(starts)} windows of {length};"
+            f" {wanted} asked for: give more text, or ask for fewer or shorter windows"
         )
-    used = available if count is None else count
-    return list(ids[: used * length].view(used, 1, length))
+    return [ids[start : start + length][None] for start in starts[:count]]

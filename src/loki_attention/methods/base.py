@@ -95,6 +95,8 @@ class Method(ABC):
     """Whether the tail's log-mass follows from what the method reads anyway; else it is exact, from every key."""
     default_dense_layers: ClassVar[tuple[int, ...]] = (0,)
     """Layers that stay dense unless asked otherwise: the first attends diffusely."""
+    watches_prompt: ClassVar[bool] = False
+    """Whether the method must see the prompt's queries: it cannot go on from a prompt computed without it."""
 
     budget: Budget
     head_dim: int

@@ -22,6 +22,7 @@ from loki_attention.methods.base import SelectionMethod, Step
 class WatchingMethod(SelectionMethod):
     """A selection that follows from the attention of earlier rows."""
 
+    watches_prompt: ClassVar[bool] = True
     tails: ClassVar[tuple[str, ...]] = ("none", "mean")
     simulation: ClassVar[str | None] = "nothing is evicted, and the prompt's attention is computed twice"
     row_by_row: ClassVar[bool] = False

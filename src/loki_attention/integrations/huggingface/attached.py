@@ -137,6 +137,11 @@ class Attached:
         finally:
             self._trace = before
 
+    @property
+    def methods(self) -> dict[int, Method]:
+        """The methods of the layers that may be sparse, by layer."""
+        return {layer: plan.method for layer, plan in sorted(self._plans.items()) if plan.method is not None}
+
     def report(self) -> Report:
         """What the attached model did so far."""
         settings, kinds = self._settings, layer_kinds(text_config(self._model))
