@@ -34,7 +34,9 @@ class H2O(WatchingMethod):
         """Add up the attention of dense rows; they saw everything, so nothing counts as evicted after them."""
         notes = self._notes(step)
         shown = step.rows.visible & (step.k > 0)[..., None]
-        notes["mass"] = notes["mass"] + attention_share(step, shown[:, None], step.sets(self.per)).sum((2, 3))
+        notes["mass"] = notes["mass"] + attention_share(step, shown[:, None], step.sets(self.per)).sum(
+            (2, 3), dtype=torch.float64
+        )
         notes["kept"] = notes["kept"] | shown.any(1)[:, None]
 
     def choose(self, step: Step) -> Chosen:
@@ -47,7 +49,9 @@ class H2O(WatchingMethod):
         ranking = torch.where(stays[:, None], torch.inf, mass)
         indices = torch_backend.top_k(ranking, rows, step.k, torch_backend.Forced(0, 0))
         chosen = ~torch_backend.unselected(indices, rank.shape[-1])
-        notes["mass"] = notes["mass"] + attention_share(step, chosen, step.sets(self.per)).sum((2, 3))
+        notes["mass"] = notes["mass"] + attention_share(step, chosen, step.sets(self.per)).sum(
+            (2, 3), dtype=torch.float64
+        )
         seen = visible & (step.k > 0)[..., None]
         notes["kept"] = notes["kept"] & (chosen | ~seen[:, None]).all(2)
         return Chosen(indices)

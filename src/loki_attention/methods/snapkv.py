@@ -55,7 +55,9 @@ class SnapKV(WatchingMethod):
         first = int(voting.any(0).int().argmax())
         last = step._replace(query=step.query[:, :, first:], rows=rows.chunk(first, rows.tokens.shape[1]))
         shown = last.rows.visible & voting[:, first:, None]
-        held.notes["votes"] = votes + attention_share(last, shown[:, None], step.sets(self.per)).sum((2, 3))
+        held.notes["votes"] = votes + attention_share(last, shown[:, None], step.sets(self.per)).sum(
+            (2, 3), dtype=torch.float64
+        )
         in_prompt = ((rows.rank >= 0) & (rows.rank < end)).any(0)
         held.covered = max(held.covered, int(in_prompt.nonzero().max()) + 1)
 

@@ -48,11 +48,13 @@ def notes_of(step: Step) -> Watched:
 
 
 def attention_share(step: Step, shown: Tensor, sets: int) -> GroupScores:
-    """Each row's exact attention over the slots that are ``shown`` (B, 1 or sets, T, S), 0 elsewhere; float64."""
-    scores = torch_backend.score_exact(step.query, step.layer.keys, step.scale, sets, step.softmax).double()
+    """Each row's exact attention over the slots that are ``shown`` (B, 1 or sets, T, S), 0 elsewhere; at least float32."""
+    scores = torch_backend.score_exact(step.query, step.layer.keys, step.scale, sets, step.softmax)
     scores = scores.masked_fill(~shown[:, :, None], -torch.inf)
-    total = scores.logsumexp(-1, keepdim=True)
+    share = scores.softmax(-1)
     if step.softmax.sink_logits is not None:
-        logits = step.softmax.sink_logits.double().reshape(1, sets, -1, 1, 1)
-        total = torch.logaddexp(total, logits)
-    return (scores - total).exp().nan_to_num()
+        total = scores.logsumexp(-1, keepdim=True)
+        logits = step.softmax.sink_logits.to(total.dtype).reshape(1, sets, -1, 1, 1)
+        share = share * torch.sigmoid(total - logits)
+    # Rows that are shown nothing.
+    return share.nan_to_num()
