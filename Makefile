@@ -21,7 +21,7 @@ STAMP := $(VENV)/.stamp
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest fuzz sanitize lint bench bench-cpu evidence docs clean
+.PHONY: help demo test test-all test-oldest fuzz sanitize lint bench bench-cpu evidence test-gpu bench-gpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -90,6 +90,20 @@ bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine 
 		$(OFFLINE) LOKI_NATIVE_ISA=$$isa $(BIN)/loki bench attention --shapes 32/8/128 --lengths 8K,32K --batches 1 \
 			--planes 32@4+64@2 -o benchmarks/results/cpu-attention-$$isa.json; done
 	$(BIN)/python benchmarks/tables.py
+
+# The Python at hand and nothing set up: a machine with a GPU may see no package index. PYTHON names another.
+GPU_TESTS := tests/kernels/test_triton.py tests/kernels/test_triton_dense.py tests/kernels/test_triton_operators.py \
+	tests/kernels/test_triton_gpu.py tests/integrations/test_triton_backend.py
+
+test-gpu: ## the GPU kernels' tests on the GPU at hand: the matrix, graphs, 100 equal runs, compute-sanitizer
+	$(PYTHON) benchmarks/gpu_ready.py tests
+	PYTHONPATH=src:tests:examples TRITON_INTERPRET=0 $(OFFLINE) $(PYTHON) -m pytest -c /dev/null --rootdir=. \
+		--import-mode=importlib -p no:cacheprovider -q -ra $(GPU_TESTS)
+
+bench-gpu: ## the GPU tables of record, on a GPU that nobody else uses (ten minutes)
+	$(PYTHON) benchmarks/gpu_ready.py
+	PYTHONPATH=src TRITON_INTERPRET=0 $(OFFLINE) $(PYTHON) benchmarks/gpu.py -o benchmarks/results
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_tables.py
 
 docs: $(STAMP) ## run the examples and check the links of README.md, CONTRIBUTING.md and docs/
 	$(OFFLINE) $(BIN)/pytest tests/test_docs.py

@@ -14,9 +14,8 @@ import torch
 
 from loki_attention import Budget, attach, calibrate
 from loki_attention.benchmarking.selections import RECORDED_TOKENS
-from loki_attention.data import haystack_text, sample_texts
-from loki_attention.integrations.huggingface.loading import new_cache
-from records import model_and_tokenizer
+from loki_attention.data import haystack_text, reference_model_path, sample_texts
+from loki_attention.integrations.huggingface.loading import load_model, load_tokenizer, new_cache
 
 FRACTIONS = (1 / 8, 1 / 16, 1 / 32)
 STEPS = 12
@@ -27,7 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
-    model, tokenizer = model_and_tokenizer()
+    folder = str(reference_model_path())
+    model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
     basis = calibrate(model, tokenizer, sample_texts(), length=RECORDED_TOKENS, fit_tokens=32768, held_out_tokens=4096,
                       candidate="balanced", tail="linear", progress=True)  # fmt: skip
     prose = tokenizer(haystack_text().read_text(encoding="utf-8"), return_tensors="pt").input_ids

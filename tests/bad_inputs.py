@@ -46,9 +46,7 @@ attach(model, "my-basis")
 attach(model, basis, method="locki")
   ArgumentError: unknown method 'locki'; known: dense, exact-topk, loki, streaming, pca-attn, paper-loki, random, h2o, snapkv, sparq, quest, double-sparsity (did you mean 'loki'?)
 attach(model, basis, backend="cuda")
-  ArgumentError: unknown backend 'cuda'; known: auto, native, torch
-attach(model, basis, backend="triton")
-  ArgumentError: backend 'triton' is not part of this version; use 'auto', 'native' or 'torch'
+  ArgumentError: unknown backend 'cuda'; known: auto, native, triton, torch
 attach(model, basis, tail="cubic")
   ArgumentError: unknown tail 'cubic'; known: none, mean, linear
 attach(model, basis, method="streaming", tail="linear")

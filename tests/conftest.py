@@ -33,6 +33,10 @@ if importlib.util.find_spec("beartype") is not None:
 
     install_import_hook("loki_attention", "beartype.beartype")
 
+# Without a GPU Triton's kernels are interpreted, which is decided when triton is first imported: not before here.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # One thread in each process of a parallel run, two otherwise: the suite is made for two cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 

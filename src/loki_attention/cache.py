@@ -19,8 +19,9 @@ from loki_attention.kernels import native
 from loki_attention.kernels.native import NativeEncoder
 from loki_attention.kernels.rows import Rows
 from loki_attention.kernels.torch_backend import leading_dims
+from loki_attention.kernels.triton.encoder import TritonEncoder
 
-KeyEncoder = Encoder | NativeEncoder
+KeyEncoder = Encoder | NativeEncoder | TritonEncoder
 
 
 @dataclass(slots=True)
@@ -230,7 +231,9 @@ class LayerCache:
         if isinstance(self.tail.encoder, NativeEncoder):
             native.absorb(self.tail.encoder, keys, values, change.to(torch.int8), self.tail.sums)
             return
-        added = _signed_sums(keys, values, self.tail.encoder, change)
+        encoder = self.tail.encoder
+        source = encoder.source if isinstance(encoder, TritonEncoder) else encoder
+        added = _signed_sums(keys, values, source, change)
         self.tail.sums = TailSums(*(old + new for old, new in zip(self.tail.sums, added, strict=True)))
 
 

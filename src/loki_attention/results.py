@@ -101,7 +101,7 @@ def environment(command: str | None = None, *, dtype: str | None = None) -> Envi
         dtype=dtype,
         versions={
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "transformers", "loki-attention")},
+            **{name: installed_version(name) for name in ("torch", "transformers", "loki-attention")},
         },
         commit=_commit(),
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -225,7 +225,8 @@ def _without_folders(word: str) -> str:
     )
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """The version of a distribution, "not installed" where it is not: a checkout on the path alone is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -331,7 +331,6 @@ MISUSE = {
     "layer": (lambda m, b: attach(m, b, layers={7: "dense"}), "unknown layer 7; known: 0, 1, 2"),
     "layer choice": (lambda m, b: attach(m, b, layers={1: "sparce"}), "expected 'dense', 'sparse' or a Budget"),
     "backend": (lambda m, b: attach(m, b, backend="cuda"), "unknown backend 'cuda'"),
-    "backend to come": (lambda m, b: attach(m, b, backend="triton"), "'triton' is not part of this version"),
     "per": (lambda m, b: attach(m, b, per="head"), "unknown per 'head'"),
     "no basis": (lambda m, b: attach(m), "needs a basis"),
     "no budget": (lambda m, b: attach(m, method="streaming"), "needs a budget"),

@@ -183,6 +183,7 @@ def test_the_command_prints_layers_bytes_and_machine(tmp_path: Path) -> None:
         "calibration may choose a lighter tail",
         f"backend {choose_backend('auto').name}: {choose_backend('auto').reason}",
         f"torch {torch.__version__}",
+        "Triton kernels: ",
         "CPU features: ",
     ):
         assert shown in result.stdout
@@ -198,7 +199,7 @@ def test_json_holds_what_the_functions_return(tmp_path: Path) -> None:
     said = json.loads(run("info", tmp_path / "model", "--basis", tmp_path / "basis", "--json").stdout)
     expected = model_info(config, basis=KeyBasis.load(tmp_path / "basis")).to_dict()
     assert said["model"] == json.loads(json.dumps(expected))
-    assert set(said["machine"]) == {"backend", "versions", "cpu_features", "isas", "threads", "gpus"}
+    assert set(said["machine"]) == {"backend", "versions", "cpu_features", "isas", "threads", "gpus", "triton"}
 
 
 def test_sizes_are_whole_bytes_up_to_64_kib() -> None:

@@ -131,7 +131,9 @@ def test_break_even_keeps_shorter_sequences_dense(monkeypatch: pytest.MonkeyPatc
     assert report.layers[1].dense_steps == {"prefill": 1, "below dense_below": 9}
     assert report.layers[1].sparse_steps == 6
     assert "dense below 160 tokens" in str(report)
-    with pytest.raises(LokiError, match=r"measured on the native kernels, and this attachment runs on torch \(asked"):
+    with pytest.raises(
+        LokiError, match=r"measured on the native or Triton kernels, and this attachment runs on torch \(asked"
+    ):
         attach(model, tiny_basis(), dense_below="break-even", backend="torch")
     with pytest.raises(LokiError, match="dense_below must be a whole number"):
         attach(model, tiny_basis(), dense_below="never")
@@ -143,9 +145,9 @@ def test_the_choice_says_why() -> None:
         assert handle.report().backend.name == "native"
     reasons = {
         "the model is in float64": (tiny_model(), {}),
-        "method 'exact-topk' has no native kernels": (small, {"method": "exact-topk"}),
-        "per='query-head' has no native kernels": (small, {"per": "query-head"}),
-        r"planes '8@32' have no native kernels": (small, {"planes": "8@32"}),
+        "method 'exact-topk' has no kernels": (small, {"method": "exact-topk"}),
+        "per='query-head' has no kernels": (small, {"per": "query-head"}),
+        r"planes '8@32' have no kernels": (small, {"planes": "8@32"}),
     }
     for reason, (model, settings) in reasons.items():
         with attach(model, tiny_basis(), **settings) as handle:

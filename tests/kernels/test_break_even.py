@@ -21,6 +21,7 @@ from loki_attention.kernels.break_even import (
     curve,
     measure,
 )
+from loki_attention.kernels.triton import availability
 
 if not native.available():
     pytest.skip("the native extension is not built", allow_module_level=True)
@@ -92,7 +93,7 @@ def test_other_shapes_threads_and_machines_are_measured_on_their_own(measured, m
     assert len(measured) == 11
     break_even(replace(SHAPE, batch=4))
     assert len(measured) == 11
-    for name, other in (("hardware", lambda: "another CPU"), ("version", lambda name: "99.0")):
+    for name, other in (("hardware", lambda: "another CPU"), ("installed_version", lambda name: "99.0")):
         monkeypatch.setattr(module, name, other)
         break_even(SHAPE)
     monkeypatch.setattr(native, "isa", lambda: "portable")
@@ -165,3 +166,13 @@ def test_what_cannot_be_is_refused(change, message):
 def test_float_planes_have_no_native_step():
     with pytest.raises(ArgumentError, match="no native kernel"):
         break_even(replace(SHAPE, planes="16@16"))
+
+
+@pytest.mark.skipif(availability.problem() is not None, reason="the Triton kernels cannot run")
+def test_the_triton_kernels_have_a_break_even_of_their_own(monkeypatch):
+    ours = replace(SHAPE, backend="triton", heads=2, kv_heads=1)
+    assert "triton" in ours.key and ours.key != replace(ours, backend="native").key
+    monkeypatch.setattr(module, "_lengths", lambda shape: [256])
+    found = measure(ours, rounds=1)
+    assert [point.tokens for point in found.points] == [256]
+    assert all(point.dense > 0 and point.sparse > 0 for point in found.points)

@@ -6,6 +6,7 @@ import torch
 from loki_attention.errors import ArgumentError
 from loki_attention.kernels import native, native_extension
 from loki_attention.kernels.ops import Work, choose_backend, rows_at_once
+from loki_attention.kernels.triton import availability
 
 
 def work(**changes: object) -> Work:
@@ -26,10 +27,10 @@ def test_native_is_chosen_where_it_can_run(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device": "cuda"}, "the model is on cuda"),
+        ({"device": "meta"}, "the model is on meta"),
         ({"dtype": torch.float64}, "the model is in float64"),
         ({"head_dim": 512}, "head dim 512"),
-        ({"missing": "method 'streaming' has no native kernels"}, "method 'streaming' has no"),
+        ({"missing": "method 'streaming' has no kernels"}, "method 'streaming' has no"),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused_not_replaced(changes: dict[str, object], reason: str) -> None:
@@ -44,14 +45,25 @@ def test_an_extension_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyP
     assert choose_backend("auto") == ("torch", "no native kernels here: no such file")
 
 
-def test_triton_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="backend 'triton' is not part of this version"):
-        choose_backend("triton")
+def test_triton_is_chosen_on_a_gpu_and_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = work(device="cuda")
+    monkeypatch.setattr(availability, "problem", lambda device=None: None)
+    monkeypatch.setattr(availability, "description", lambda: "Triton kernels")
+    assert choose_backend("auto", on_gpu) == ("triton", "Triton kernels")
+    assert choose_backend("triton", on_gpu) == ("triton", "asked for, Triton kernels")
+    assert choose_backend("auto", work()).name == "native"
+    assert choose_backend("auto", on_gpu._replace(head_dim=512)).reason.startswith(
+        "no Triton kernels here: head dim 512"
+    )
+    monkeypatch.setattr(availability, "problem", lambda device=None: "torch sees no GPU")
+    assert choose_backend("auto", on_gpu) == ("torch", "no Triton kernels here: torch sees no GPU")
+    with pytest.raises(ArgumentError, match="backend 'triton' cannot run here: torch sees no GPU"):
+        choose_backend("triton", on_gpu)
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(
-        ArgumentError, match=r"unknown backend 'troch'; known: auto, native, torch \(did you mean 'torch'"
+        ArgumentError, match=r"unknown backend 'troch'; known: auto, native, triton, torch \(did you mean 'torch'"
     ):
         choose_backend("troch")
 

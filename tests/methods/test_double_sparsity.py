@@ -56,6 +56,7 @@ def test_selection_is_by_the_label_cache_alone() -> None:
         np.testing.assert_allclose(output, (weights @ values.numpy()[chosen])[0], rtol=0, atol=1e-9)
 
 
-def test_no_native_step_where_the_tail_is_exact() -> None:
+def test_no_kernels_where_the_tail_is_exact() -> None:
     fields = {"encoder": label_cache("16@4")}
-    assert make(DoubleSparsity, tail="mean", **fields).on(CPU, torch.float32, native=True).native is None
+    assert make(DoubleSparsity, tail="none", **fields).on(CPU, torch.float32, backend="native").kernels is not None
+    assert make(DoubleSparsity, tail="mean", **fields).on(CPU, torch.float32, backend="native").kernels is None

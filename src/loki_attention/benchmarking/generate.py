@@ -90,6 +90,8 @@ class Suite:
     budget: Budget = _BUDGET
     variants: Sequence[str] = VARIANTS
     dtype: torch.dtype = torch.bfloat16
+    batch: int = 1
+    device: str = "cpu"
 
 
 class Measured(NamedTuple):
@@ -105,7 +107,7 @@ class Generation:
 
     def __init__(self, suite: Suite) -> None:
         self._suite = suite
-        self._model = random_model(suite.shape, suite.dtype)
+        self._model = random_model(suite.shape, suite.dtype, suite.device)
         self._moments, self._value_deviation = _moments(self._model)
         head_dim = suite.shape.head_dim
         self._basis = KeyBasis(
@@ -132,6 +134,8 @@ class Generation:
                         self._generate(ids, cache, 2)
                         start = time.perf_counter()
                         self._generate(ids, cache, suite.new_tokens)
+                        if ids.is_cuda:
+                            torch.cuda.synchronize()
                         seconds[name].append(time.perf_counter() - start)
                         backends[name] = "" if attached is None else attached.report().backend.name
         results = [self._result(name, tokens, seconds[name], backends[name], load) for name in suite.variants]
@@ -172,12 +176,14 @@ class Generation:
             deviation = moments.post_keys.covariance.diagonal(dim1=-2, dim2=-1).sqrt().float()[:, None]
             keys = mean + deviation * torch.randn(kv_heads, tokens, dim, generator=generator)
             values = self._value_deviation[layer] * torch.randn(kv_heads, tokens, dim, generator=generator)
-            cache.update(keys[None].to(self._suite.dtype), values[None].to(self._suite.dtype), layer)
+            one = (tensor[None].to(self._suite.device, self._suite.dtype) for tensor in (keys, values))
+            cache.update(*(tensor.expand(self._suite.batch, -1, -1, -1) for tensor in one), layer)
         return cache
 
     def _ids(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(count)
-        return torch.randint(1, self._suite.shape.vocabulary, (1, count), generator=generator)
+        ids = torch.randint(1, self._suite.shape.vocabulary, (1, count), generator=generator)
+        return ids.expand(self._suite.batch, -1).to(self._suite.device)
 
     def _check(self) -> None:
         """Raise unless sparse steps over all tokens, or all but one or two, give dense logits in this dtype."""
@@ -203,6 +209,7 @@ class Generation:
         config: dict[str, Setting] = {
             "variant": name,
             "tokens": tokens,
+            "batch": suite.batch,
             "model": str(suite.shape),
             "vocabulary": suite.shape.vocabulary,
             "new_tokens": suite.new_tokens,
@@ -210,14 +217,14 @@ class Generation:
             "planes": str(self._basis.planes) if name in (LOKI, BREAK_EVEN) else None,
             "tail": self._basis.tail if name in (LOKI, BREAK_EVEN) else None,
             "backend": backend or None,
-            "p20": suite.new_tokens / timing.p80,
-            "p80": suite.new_tokens / timing.p20,
+            "p20": suite.batch * suite.new_tokens / timing.p80,
+            "p80": suite.batch * suite.new_tokens / timing.p20,
             **machine(),
             **load.settings,
         }
         return Result(
             metric="decode_speed",
-            value=suite.new_tokens / timing.median,
+            value=suite.batch * suite.new_tokens / timing.median,
             unit="tokens/s",
             n=timing.rounds,
             seed=0,
@@ -225,8 +232,8 @@ class Generation:
         )
 
 
-def random_model(shape: ModelShape, dtype: torch.dtype) -> Any:
-    """A model of this shape with random weights, in eval mode."""
+def random_model(shape: ModelShape, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """A model of this shape with random weights on ``device``, in eval mode."""
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config), encoding="utf-8")
         config = load_config(folder)
@@ -235,7 +242,7 @@ def random_model(shape: ModelShape, dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(0)
             return kind(config).eval()
     finally:
@@ -251,12 +258,12 @@ def _moments(model: Any) -> tuple[dict[int, LayerMoments], dict[int, float]]:
         kv_heads, dim = seen.keys.shape[1], seen.keys.shape[3]
         layer = found.setdefault(seen.layer, LayerMoments.empty(kv_heads, dim))
         for b in range(len(seen.keys)):
-            layer.pre_keys.add(seen.pre_keys[b])
-            layer.post_keys.add(seen.keys[b])
-            layer.queries.add(seen.query[b].reshape(kv_heads, -1, dim))
+            layer.pre_keys.add(seen.pre_keys[b].cpu())
+            layer.post_keys.add(seen.keys[b].cpu())
+            layer.queries.add(seen.query[b].reshape(kv_heads, -1, dim).cpu())
         deviations[seen.layer] = float(seen.values.float().std())
 
-    ids = torch.randint(1, model.config.vocab_size, (_WINDOWS, _WINDOW_TOKENS))
+    ids = torch.randint(1, model.config.vocab_size, (_WINDOWS, _WINDOW_TOKENS)).to(model.device)
     with torch.inference_mode(), observe(model, add):
         model(ids, use_cache=False, logits_to_keep=1)
     return found, deviations

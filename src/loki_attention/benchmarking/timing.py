@@ -77,8 +77,8 @@ def watched() -> Iterator[MachineLoad]:
 def machine() -> dict[str, Setting]:
     """What the machine offers: instruction set in use, the CPU's features, threads, bytes of the largest cache."""
     return {
-        "isa": native.isa(),
-        "cpu_features": " ".join(native.cpu_features()),
+        "isa": native.isa() if native.available() else None,
+        "cpu_features": " ".join(native.cpu_features()) if native.available() else None,
         "threads": torch.get_num_threads(),
         "cache_bytes": cache_bytes(),
     }

@@ -103,6 +103,7 @@ def _print_machine(machine: "MachineInfo") -> None:
     print(f"backend {machine.backend.name}: {machine.backend.reason}")
     print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
     print(f"native kernels: {', '.join(machine.isas) or 'not built'}")
+    print(f"Triton kernels: {machine.triton}")
     print(fill(f"CPU features: {', '.join(machine.cpu_features) or 'unknown'}", 80))
     print(f"{machine.threads} threads; GPUs: {', '.join(machine.gpus) or 'none'}")
 

@@ -1,7 +1,8 @@
 """From which length on a sparse step is faster than dense attention here: measured once per machine and shape, then kept.
 
-Knows Loki's native step, with the low-rank key of the new token, and the native dense decode. Nothing here depends on a
-model's values: packed keys are random bytes, so the selection is random, the worst case for memory.
+Knows Loki's step on the native or the Triton kernels, with the low-rank key of the new token, and their dense decode. Steps
+on a GPU are launched one by one, as an attached model launches them. Nothing here depends on a model's values: packed keys
+are random bytes, so the selection is random, the worst case for memory.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,13 @@ from loki_attention.core.planes import Planes
 from loki_attention.core.tail import TailSums, check_tail, covered_tokens
 from loki_attention.errors import ArgumentError, LokiWarning, check_tokens
 from loki_attention.files import written_whole
-from loki_attention.kernels import native
+from loki_attention.kernels import gpu_clock, native
 from loki_attention.kernels.native import NativeEncoder, Spans
 from loki_attention.kernels.native_extension import thread_count
 from loki_attention.kernels.stopwatch import interleaved
-from loki_attention.results import hardware
+from loki_attention.kernels.triton import availability
+from loki_attention.kernels.triton.encoder import TritonEncoder
+from loki_attention.results import hardware, installed_version
 
 NEVER = 1 << 62
 """The break-even where the sparse step is not faster at any length that was measured: above any number of tokens."""
@@ -42,6 +45,7 @@ class BreakEvenShape:
     """What a break-even depends on beside the machine.
 
     ``planes`` as text, ``dtype`` of K and V. ``batch`` counts as the next power of two, ``threads`` default to torch's.
+    ``backend`` is native or triton.
     """
 
     heads: int
@@ -53,6 +57,7 @@ class BreakEvenShape:
     tail: str = "linear"
     batch: int = 1
     threads: int | None = None
+    backend: str = "native"
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim", "batch"):
@@ -73,15 +78,28 @@ class BreakEvenShape:
         return 1 << (self.batch - 1).bit_length()
 
     @property
+    def device(self) -> torch.device:
+        """Where the backend's kernels run."""
+        return torch.device("cuda" if self.backend == "triton" and not availability.interpreted() else "cpu")
+
+    @property
     def key(self) -> str:
         """The name of this shape on this machine and with this version."""
         budget = ",".join(f"{name}={value}" for name, value in asdict(self.budget).items())
         parts = (
-            version("loki-attention"), hardware(), native.isa(), f"threads={thread_count(self.threads)}",
+            installed_version("loki-attention"), hardware(), self._runs_on, f"threads={thread_count(self.threads)}",
             f"{self.heads}/{self.kv_heads}/{self.head_dim}", str(self.dtype), self.planes, self.tail, budget,
             f"batch={self.bucket}",
         )  # fmt: skip
         return "; ".join(parts)
+
+    @property
+    def _runs_on(self) -> str:
+        return (
+            native.isa()
+            if self.backend == "native"
+            else f"{availability.description()}, triton {availability.version()}"
+        )
 
 
 class Point(NamedTuple):
@@ -135,7 +153,11 @@ def measure(shape: BreakEvenShape, *, whole: bool = False, rounds: int = ROUNDS)
     for tokens in _lengths(shape):
         layer.fill(tokens)
         calls = {"dense": layer.dense(tokens), "sparse": layer.sparse(tokens)}
-        timed = interleaved(calls, rounds=rounds, before=before, threads=shape.threads)
+        if shape.backend == "triton":
+            alone = {name: [call] for name, call in calls.items()}
+            timed = gpu_clock.interleaved(alone, shape.device, rounds=rounds, eager=frozenset(calls))
+        else:
+            timed = interleaved(calls, rounds=rounds, before=before, threads=shape.threads)
         points.append(Point(tokens, timed["dense"].p20, timed["sparse"].p20))
         if not whole and len(points) > 1 and all(point.sparse < point.dense for point in points[-2:]):
             break
@@ -180,40 +202,51 @@ class _Layer:
     def __init__(self, shape: BreakEvenShape) -> None:
         self._shape, self._filled = shape, 0
         batch, dim, longest = shape.bucket, shape.head_dim, _lengths(shape)[-1]
-        self._encoder = NativeEncoder(_random_encoder(shape))
-        self._query = torch.randn(batch, shape.heads, 1, dim).to(shape.dtype)
-        self._keys, self._values = (torch.empty(batch, shape.kv_heads, longest, dim, dtype=shape.dtype) for _ in "kv")
+        kind, device = NativeEncoder if shape.backend == "native" else TritonEncoder, shape.device
+        self._encoder: Any = kind(_random_encoder(shape).to(device, torch.float32))
+        self._kernels: Any = (
+            native if shape.backend == "native" else import_module("loki_attention.kernels.triton.launch")
+        )
+        self._options = {"threads": shape.threads} if shape.backend == "native" else {}
+        self._query = torch.randn(batch, shape.heads, 1, dim).to(device, shape.dtype)
+        rows = (batch, shape.kv_heads, longest, dim)
+        self._keys, self._values = (torch.empty(rows, dtype=shape.dtype, device=device) for _ in "kv")
         self._packed = self._encoder.buffer(batch, longest)
-        self._sums = _random_sums(batch, shape.kv_heads, dim, self._encoder.tail_rank)
+        sums = _random_sums(batch, shape.kv_heads, dim, self._encoder.tail_rank)
+        self._sums = TailSums(*(tensor.to(device) for tensor in sums))
+
+    def _encode(self, keys: torch.Tensor, start: int, stop: int) -> None:
+        if self._shape.backend == "native":
+            native.encode_keys(self._encoder, keys, self._packed, start, stop, threads=self._shape.threads)
+        else:
+            self._encoder.write(keys, self._packed, start, stop)
 
     def fill(self, tokens: int) -> None:
         """Give the first ``tokens`` slots content: one block over and over, for drawing them all would take seconds."""
         new = slice(self._filled, tokens)
-        block = torch.randn(tokens - self._filled, self._shape.head_dim).to(self._shape.dtype)
+        block = torch.randn(tokens - self._filled, self._shape.head_dim).to(self._shape.device, self._shape.dtype)
         self._keys[:, :, new], self._values[:, :, new] = block, block
         self._packed[:, :, new].random_(256)
         self._filled = tokens
 
     def dense(self, tokens: int) -> Callable[[], object]:
         """Dense attention over the first ``tokens`` slots."""
-        stop = torch.full((self._shape.bucket,), tokens)
+        stop = torch.full((self._shape.bucket,), tokens, device=self._shape.device)
         keys, values, scale = self._keys[:, :, :tokens], self._values[:, :, :tokens], self._shape.head_dim**-0.5
-        return lambda: native.dense_decode(
-            self._query, keys, values, Spans(None, stop), scale, threads=self._shape.threads
-        )
+        return lambda: self._kernels.dense_decode(self._query, keys, values, Spans(None, stop), scale, **self._options)
 
     def sparse(self, tokens: int) -> Callable[[], object]:
         """Loki's step over the first ``tokens`` slots, the last one's low-rank key included."""
-        shape, stop = self._shape, torch.full((self._shape.bucket,), tokens)
+        shape, stop = self._shape, torch.full((self._shape.bucket,), tokens, device=self._shape.device)
         keys, values, scale = self._keys[:, :, :tokens], self._values[:, :, :tokens], shape.head_dim**-0.5
         k, budget = shape.budget.of_each(stop), shape.budget
         tail = shape.tail if int(covered_tokens(stop).min()) else "none"
 
         def step() -> object:
-            native.encode_keys(self._encoder, keys, self._packed, tokens - 1, tokens, threads=shape.threads)
-            return native.decode_step(
+            self._encode(keys, tokens - 1, tokens)
+            return self._kernels.decode_step(
                 self._encoder, self._query, keys, values, self._packed, Spans(None, stop), k, scale,
-                sinks=budget.sinks, recent=budget.recent, tail=tail, sums=self._sums, threads=shape.threads,
+                sinks=budget.sinks, recent=budget.recent, tail=tail, sums=self._sums, **self._options,
             )  # fmt: skip
 
         return step

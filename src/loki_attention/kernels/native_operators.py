@@ -84,7 +84,7 @@ def select(
     ``width`` is at least the largest of ``k``: shapes must not depend on the values of tensors.
     """
     query = EncodedQuery(codes, step, deviation, offset, step.new_empty(*step.shape, 0))
-    visible = _visible(start, stop, rank, tokens)
+    visible = visible_slots(start, stop, rank, tokens)
     indices, mass = native.select(
         _prepared(encoder, planes), query, packed, visible, k, slots=slots, sinks=sinks, recent=recent, soft_cap=soft_cap
     )  # fmt: skip
@@ -149,7 +149,7 @@ def dense_decode(
     learned_sinks: Tensor | None = None,
 ) -> Tensor:
     """Exact softmax attention over all valid slots (:func:`native.dense_decode`)."""
-    visible = _visible(start, stop, rank, tokens)
+    visible = visible_slots(start, stop, rank, tokens)
     return native.dense_decode(query, keys, values, visible, scale, soft_cap=soft_cap, learned_sinks=learned_sinks)
 
 
@@ -187,7 +187,7 @@ def decode_step(
     """
     if len(sums) not in (0, len(TailSums._fields)):
         raise ArgumentError(f"sums are {len(sums)} tensors; give {', '.join(TailSums._fields)}, or none")
-    visible = _visible(start, stop, rank, tokens)
+    visible = visible_slots(start, stop, rank, tokens)
     found = native.decode_step(
         _prepared(encoder, planes), query, keys, values, packed, visible, k, scale, sinks=sinks, recent=recent, tail=tail,
         sums=TailSums(*sums) if sums else None, soft_cap=soft_cap, learned_sinks=learned_sinks,
@@ -250,7 +250,10 @@ def _prepared(tensors: Sequence[Tensor], planes: str) -> native.NativeEncoder:
     return encoder
 
 
-def _visible(start: Tensor | None, stop: Tensor | None, rank: Tensor | None, tokens: Tensor | None) -> native.Visible:
+def visible_slots(
+    start: Tensor | None, stop: Tensor | None, rank: Tensor | None, tokens: Tensor | None
+) -> native.Visible:
+    """The valid slots that an operator was given; raises ``ArgumentError`` unless it is one of the two forms."""
     if rank is not None and tokens is not None and start is None and stop is None:
         return Rows(rank, tokens)
     if stop is None or rank is not None or tokens is not None:

@@ -7,8 +7,9 @@ import torch
 from loki_attention.errors import ArgumentError, unknown_name
 from loki_attention.kernels import native_extension
 from loki_attention.kernels.native_arguments import ELEMENT_TYPES, LARGEST_GROUP, LARGEST_HEAD_DIM
+from loki_attention.kernels.triton import availability
 
-BACKENDS = ("auto", "native", "torch")
+BACKENDS = ("auto", "native", "triton", "torch")
 _ELEMENTS_AT_ONCE = 1 << 24
 
 
@@ -32,14 +33,22 @@ class Work(NamedTuple):
 def choose_backend(name: str, work: Work | None = None) -> Backend:
     """The backend for a wish and, where it is known, the work; raises ``ArgumentError`` for one that cannot run.
 
-    ``auto`` takes the native kernels where they can run.
+    ``auto`` takes the Triton kernels on a GPU, the native ones on a CPU, where they can run.
     """
-    if name == "triton":
-        raise ArgumentError("backend 'triton' is not part of this version; use 'auto', 'native' or 'torch'")
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
     if name == "torch":
         return Backend("torch", "asked for")
+    # The interpreter is for tests: nobody gets it without asking.
+    on_gpu = work is not None and work.device == "cuda"
+    if name == "triton" or (name == "auto" and on_gpu):
+        problem = _problem_with_triton(work)
+        if problem is None:
+            asked = "asked for, " if name == "triton" else ""
+            return Backend("triton", f"{asked}{availability.description()}")
+        if name == "triton":
+            raise ArgumentError(f"backend 'triton' cannot run here: {problem}; use 'auto' or 'torch'")
+        return Backend("torch", f"no Triton kernels here: {problem}")
     problem = _problem_with_native(work)
     if problem is None:
         asked = "asked for, " if name == "native" else ""
@@ -56,6 +65,17 @@ def _problem_with_native(work: Work | None) -> str | None:
         return missing
     if work.device != "cpu":
         return f"the model is on {work.device}"
+    return _problem_with_work(work)
+
+
+def _problem_with_triton(work: Work | None) -> str | None:
+    """Why the Triton kernels cannot run, None where they can."""
+    missing = availability.problem(None if work is None else work.device)
+    return missing if missing is not None or work is None else _problem_with_work(work)
+
+
+def _problem_with_work(work: Work) -> str | None:
+    """What neither set of kernels can run."""
     if work.dtype not in ELEMENT_TYPES:
         return f"the model is in {str(work.dtype).removeprefix('torch.')}"
     if work.head_dim > LARGEST_HEAD_DIM or work.group_size > LARGEST_GROUP:

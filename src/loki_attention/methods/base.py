@@ -153,15 +153,15 @@ class Method(ABC):
 
     @classmethod
     def problem_with_native(cls, planes: Planes | None, per: str) -> str | None:
-        """Why decode steps of this method cannot run on the native kernels, None where they can."""
-        return f"method {cls.name!r} has no native kernels"
+        """Why decode steps of this method cannot run on the native or the Triton kernels, None where they can."""
+        return f"method {cls.name!r} has no kernels"
 
     def on(
-        self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, native: bool = False
+        self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, backend: str = "torch"
     ) -> "Method":
         """This method with its encoder on ``device``, for a model of ``dtype`` and these of the layer's KV heads.
 
-        ``native``: decode steps run on the native kernels, which the method has.
+        ``backend``: where decode steps run; kernels other than torch's are only asked for where the method has them.
         """
         return self if self.encoder is None else replace(self, encoder=self.encoder.to(device, dtype).of_heads(heads))
 

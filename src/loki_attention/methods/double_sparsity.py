@@ -45,10 +45,10 @@ class DoubleSparsity(Loki):
         return tuple(dict.fromkeys(_four_bit(head_dim // part) for part in (2, 4, 8)))
 
     def on(
-        self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, native: bool = False
+        self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, backend: str = "torch"
     ) -> Method:
-        """This method on ``device``; the native kernels would estimate a tail's mass."""
-        return Loki.on(self, device, dtype, heads, native=native and self.tail == "none")
+        """This method on ``device``; kernels would estimate a tail's mass."""
+        return Loki.on(self, device, dtype, heads, backend=backend if self.tail == "none" else "torch")
 
 
 def _four_bit(channels: int) -> Planes:

@@ -1,5 +1,6 @@
 """Loki with quantised low-rank keys, one index set per KV head and a virtual token for what is not selected."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,8 +11,9 @@ from loki_attention.core.encoder import EncodedQuery
 from loki_attention.core.planes import Planes
 from loki_attention.core.shapes import Queries
 from loki_attention.core.tail import TAILS, TailSums
-from loki_attention.kernels import torch_backend
-from loki_attention.kernels.native import NativeEncoder, decode_step
+from loki_attention.kernels import native, torch_backend
+from loki_attention.kernels.native import NativeEncoder, NativeStep
+from loki_attention.kernels.triton.encoder import TritonEncoder
 from loki_attention.methods.base import Answer, Chosen, Method, SelectionMethod, Step
 
 
@@ -24,14 +26,15 @@ class Loki(SelectionMethod):
     tails: ClassVar[tuple[str, ...]] = TAILS
     knows_mass: ClassVar[bool] = True
 
-    native: NativeEncoder | None = None
+    kernels: NativeEncoder | TritonEncoder | None = None
+    """The encoder of the kernels that decode steps run on, None where that is torch."""
 
     @classmethod
     def problem_with_native(cls, planes: Planes | None, per: str) -> str | None:
         """Float planes and one set per query head have no kernels."""
         if per != "kv-head":
-            return f"per={per!r} has no native kernels"
-        return f"planes '{planes}' have no native kernels" if planes is not None and planes.is_float else None
+            return f"per={per!r} has no kernels"
+        return f"planes '{planes}' have no kernels" if planes is not None and planes.is_float else None
 
     @classmethod
     def planes_by_size(cls, head_dim: int) -> tuple[Planes | None, ...]:
@@ -40,29 +43,31 @@ class Loki(SelectionMethod):
         return tuple(dict.fromkeys(sizes))
 
     def on(
-        self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, native: bool = False
+        self, device: torch.device, dtype: torch.dtype, heads: slice = slice(None), *, backend: str = "torch"
     ) -> Method:
-        """This method with its encoder on ``device``; the native one beside it, for rows that come singly."""
+        """This method with its encoder on ``device``; that of the kernels beside it, for rows that come singly."""
         placed = SelectionMethod.on(self, device, dtype, heads)
-        if native and isinstance(placed, Loki) and placed.encoder is not None:
-            return replace(placed, native=NativeEncoder(placed.encoder))
+        kinds: dict[str, type[NativeEncoder] | type[TritonEncoder]] = {"native": NativeEncoder, "triton": TritonEncoder}
+        kind = kinds.get(backend)
+        if kind is not None and isinstance(placed, Loki) and placed.encoder is not None:
+            return replace(placed, kernels=kind(placed.encoder))
         return placed
 
     def encode(self, query: Queries, scale: float) -> EncodedQuery | None:
-        """The encoded rows; None where the native step encodes them itself."""
-        return None if self._runs_natively(query) else SelectionMethod.encode(self, query, scale)
+        """The encoded rows; None where a kernel encodes them itself."""
+        return None if self._runs_in_kernels(query) else SelectionMethod.encode(self, query, scale)
 
     def attend(self, step: Step) -> Answer:
-        """Select and attend, in one native call where rows come singly."""
-        if not self._runs_natively(step.query):
+        """Select and attend, in one call of the kernels where rows come singly."""
+        if not self._runs_in_kernels(step.query):
             return SelectionMethod.attend(self, step)
-        assert self.native is not None
-        layer, rows, encoder = step.layer, step.rows, self.native
+        assert self.kernels is not None
+        layer, rows, encoder = step.layer, step.rows, self.kernels
         sums = None
         if self.tail != "none":
             tokens, *others = layer.sums(encoder, rows)
             sums = TailSums(tokens.squeeze(1), *(tensor.squeeze(2) for tensor in others))
-        output, indices, _, kept = decode_step(
+        output, indices, _, kept = _decode_step(encoder)(
             encoder,
             step.query,
             layer.keys,
@@ -82,8 +87,8 @@ class Loki(SelectionMethod):
         )
         return Answer(output, None if indices is None else indices.long(), kept)
 
-    def _runs_natively(self, query: Queries) -> bool:
-        return self.native is not None and query.shape[2] == 1
+    def _runs_in_kernels(self, query: Queries) -> bool:
+        return self.kernels is not None and query.shape[2] == 1
 
     def choose(self, step: Step) -> Chosen:
         """The K highest codes, sinks and the recent window among them."""
@@ -113,3 +118,12 @@ def _smaller(head_dim: int, divisor: int) -> Planes:
     ['8@4+16@2', '8@4', '16@4+32@2']
     """
     return Planes.default(max(8, head_dim // divisor))
+
+
+def _decode_step(encoder: NativeEncoder | TritonEncoder) -> Callable[..., NativeStep]:
+    """The step of the kernels that an encoder belongs to."""
+    if isinstance(encoder, NativeEncoder):
+        return native.decode_step
+    from loki_attention.kernels.triton.launch import decode_step
+
+    return decode_step

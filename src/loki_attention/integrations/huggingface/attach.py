@@ -48,7 +48,7 @@ def attach(
     ``"kv-head"`` or, for research, ``"query-head"`` (paper-loki's rule). ``layers`` maps single layers' numbers to
     ``"dense"``, ``"sparse"`` or a ``Budget``; by default layer 0 and what calibration marked stay dense, and with the
     paper's own methods none. Sequences shorter than ``dense_below`` tokens stay dense; ``"break-even"`` is where this
-    machine's sparse steps overtake its dense ones, measured once and kept (native backend; else a number is needed).
+    machine's sparse steps overtake its dense ones, measured once and kept (native and triton backends; else a number is needed).
     ``monitor_every=n`` checks every n-th decode step, on one layer in turn, against dense attention; ``report()`` says
     what it found. ``on_low_mass=(0.5, "warn")`` warns where a checked layer kept less than half of the attention mass,
     ``(0.5, "dense")`` leaves it dense from then on. Under ``backend="auto"`` the report says what was chosen and why.
@@ -190,9 +190,9 @@ def _work(model: PreTrainedModel, missing: str | None = None) -> Work:
 
 def _break_even(model: PreTrainedModel, request: _Request, backend: Backend) -> int:
     """The length from which on this machine's sparse steps are faster than its dense ones, for one sequence."""
-    if backend.name != "native":
+    if backend.name == "torch":
         raise ArgumentError(
-            f"dense_below='break-even' is measured on the native kernels, and this attachment runs on {backend.name} "
+            "dense_below='break-even' is measured on the native or Triton kernels, and this attachment runs on torch "
             f"({backend.reason}); give a number of tokens"
         )
     layout = HeadLayout.of(text_config(model))
@@ -205,6 +205,7 @@ def _break_even(model: PreTrainedModel, request: _Request, backend: Backend) -> 
             planes=str(request.planes),
             budget=request.budget,
             tail=request.tail,
+            backend=backend.name,
         )
     )
 

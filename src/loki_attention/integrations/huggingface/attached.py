@@ -17,7 +17,7 @@ from loki_attention.core.spec import layer_kinds
 from loki_attention.errors import ArgumentError, LokiWarning, ModelError
 from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
 from loki_attention.integrations.huggingface.families import attention_modules, decoder_of, text_config
-from loki_attention.integrations.huggingface.forward import Forward, dense_native_step
+from loki_attention.integrations.huggingface.forward import Forward, dense_step
 from loki_attention.integrations.huggingface.generate_watch import GenerateWatch
 from loki_attention.integrations.huggingface.interception import (
     WEIGHTS_WANTED,
@@ -225,8 +225,8 @@ class Attached:
             show_dense_rows(tensors, method, self._forward.rows(tensors), found)
 
         def dense() -> Tensor:
-            if self._settings.backend.name == "native" and query.shape[2] == 1:
-                return dense_native_step(tensors, self._forward.rows(tensors))
+            if self._settings.backend.name != "torch" and query.shape[2] == 1:
+                return dense_step(tensors, self._forward.rows(tensors), self._settings.backend.name)
             assert self._redirection is not None
             original = original_attention(module, self._redirection.original)
             return original(module, query, key, value, attention_mask, **kwargs)[0]
@@ -265,9 +265,7 @@ class Attached:
         key = (module.layer_idx, query.device, query.dtype)
         if key not in self._methods:
             heads = local_heads(module, len(method.encoder.mean), seen=keys.shape[1])
-            self._methods[key] = method.on(
-                query.device, query.dtype, heads, native=self._settings.backend.name == "native"
-            )
+            self._methods[key] = method.on(query.device, query.dtype, heads, backend=self._settings.backend.name)
         return self._methods[key]
 
     def _note(self, layer: int, found: SparseRows, indices: Tensor | None, rows: int) -> None:

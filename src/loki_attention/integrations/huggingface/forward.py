@@ -1,4 +1,6 @@
-"""What a forward's layers share while it runs, and dense decode on the native kernels."""
+"""What a forward's layers share while it runs, and dense decode on the backend's kernels."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,9 +52,9 @@ class Forward:
         return own_slots(rows) & ~decode_rows(rows, self._rule)
 
 
-def dense_native_step(tensors: Tensors, rows: Rows) -> Tensor:
-    """Dense attention of one new token a sequence, (B, 1, H, D) as transformers wants it."""
-    output = native.dense_decode(
+def dense_step(tensors: Tensors, rows: Rows, backend: str) -> Tensor:
+    """Dense attention of one new token a sequence by the kernels of ``backend``, (B, 1, H, D) as transformers wants it."""
+    output = _dense_decode(backend)(
         tensors.query,
         tensors.keys,
         tensors.values,
@@ -62,3 +64,11 @@ def dense_native_step(tensors: Tensors, rows: Rows) -> Tensor:
         learned_sinks=tensors.softmax.sink_logits,
     )
     return output.transpose(1, 2)
+
+
+def _dense_decode(backend: str) -> Callable[..., Tensor]:
+    if backend == "native":
+        return native.dense_decode
+    from loki_attention.kernels.triton.launch import dense_decode
+
+    return dense_decode

@@ -6,7 +6,6 @@ Knows no weights and no text: what calibration finds out is known only where a b
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from loki_attention.core.tail import tail_rank
 from loki_attention.errors import ArgumentError, check_tokens
 from loki_attention.integrations.huggingface.families import causal_model_class, family_of_config
 from loki_attention.kernels import native
-from loki_attention.kernels.ops import Backend, choose_backend
+from loki_attention.kernels.ops import Backend, Work, choose_backend
+from loki_attention.kernels.triton import availability
 from loki_attention.methods.loki import Loki
+from loki_attention.results import installed_version
 
 SPARSE, DENSE, LEFT_ALONE = "sparse", "dense", "left alone"
 _FLOAT_BYTES = 4
@@ -89,6 +90,8 @@ class MachineInfo:
     isas: tuple[str, ...]
     threads: int
     gpus: tuple[str, ...]
+    triton: str
+    """The version of triton, and why its kernels cannot run here where they cannot."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -138,11 +141,12 @@ def model_info(
 def machine_info() -> MachineInfo:
     """What this machine offers."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    built = native.available()
+    built, missing, found = native.available(), availability.problem(), availability.version()
+    on_gpu = Work(torch.bfloat16, "cuda", head_dim=128, group_size=1) if gpus else None
     return MachineInfo(
-        backend=choose_backend("auto"),
+        backend=choose_backend("auto", on_gpu),
         versions={
-            "loki-attention": version("loki-attention"),
+            "loki-attention": installed_version("loki-attention"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -151,6 +155,7 @@ def machine_info() -> MachineInfo:
         isas=native.usable_isas() if built else (),
         threads=torch.get_num_threads(),
         gpus=tuple(torch.cuda.get_device_name(i) for i in gpus),
+        triton=", ".join(part for part in (found, missing and f"cannot run: {missing}") if part),
     )
 
 

@@ -1,0 +1,127 @@
+"""The Triton kernels as ``torch.library`` operators: those of ``native_operators`` on CUDA tensors, and the newest token's step.
+
+Importing this module registers them. ``decode_newest`` is what a compiled or captured decode step holds: it appends,
+absorbs, selects and attends with lengths that lie on the device, so that one graph serves every step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loki_attention.core.encoder import Encoder
+from loki_attention.core.planes import Planes
+from loki_attention.core.tail import TailSums
+from loki_attention.errors import ArgumentError
+from loki_attention.kernels import native_operators
+from loki_attention.kernels.rows import Spans
+from loki_attention.kernels.triton import launch
+from loki_attention.kernels.triton.encoder import TritonEncoder
+
+_WRITTEN = ("packed", "sum_tokens", "sum_values", "sum_encoded", "sum_products")
+
+
+@native_operators.encode_keys.register_kernel("cuda")
+def encode_keys(encoder: Sequence[Tensor], planes: str, keys: Tensor, packed: Tensor, start: int, stop: int) -> None:
+    """Write the low-rank keys of slots ``start`` to ``stop`` - 1 into ``packed`` (:meth:`TritonEncoder.write`)."""
+    _encoder_of(encoder, planes).write(keys, packed, start, stop)
+
+
+@native_operators.dense_decode.register_kernel("cuda")
+def dense_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    rank: Tensor | None,
+    tokens: Tensor | None,
+    scale: float,
+    soft_cap: float | None = None,
+    learned_sinks: Tensor | None = None,
+) -> Tensor:
+    """Exact softmax attention over all valid slots (:func:`launch.dense_decode`)."""
+    visible = native_operators.visible_slots(start, stop, rank, tokens)
+    return launch.dense_decode(query, keys, values, visible, scale, soft_cap=soft_cap, learned_sinks=learned_sinks)
+
+
+@native_operators.decode_step.register_kernel("cuda")
+def decode_step(
+    encoder: Sequence[Tensor],
+    planes: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    packed: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    rank: Tensor | None,
+    tokens: Tensor | None,
+    k: Tensor,
+    width: int,
+    scale: float,
+    sinks: int,
+    recent: int,
+    tail: str,
+    sums: Sequence[Tensor],
+    soft_cap: float | None = None,
+    learned_sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, selected slots and the mass kept of one step (:func:`launch.decode_step`); no slots for a width of 0."""
+    if len(sums) not in (0, len(TailSums._fields)):
+        raise ArgumentError(f"sums are {len(sums)} tensors; give {', '.join(TailSums._fields)}, or none")
+    found = launch.decode_step(
+        _encoder_of(encoder, planes), query, keys, values, packed,
+        native_operators.visible_slots(start, stop, rank, tokens), k, scale, sinks=sinks, recent=recent, tail=tail,
+        sums=TailSums(*sums) if sums else None, soft_cap=soft_cap, learned_sinks=learned_sinks,
+        wants_indices=width > 0, width=width, wants_kept=True,
+    )  # fmt: skip
+    assert found.kept is not None
+    indices = packed.new_empty(*packed.shape[:2], 1, 0, dtype=torch.int32) if found.indices is None else found.indices
+    return found.output, indices, found.kept
+
+
+@torch.library.custom_op("loki_attention::decode_newest", mutates_args=_WRITTEN)
+def decode_newest(
+    encoder: Sequence[Tensor],
+    planes: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    packed: Tensor,
+    start: Tensor | None,
+    stop: Tensor,
+    k: Tensor,
+    scale: float,
+    sinks: int,
+    recent: int,
+    tail: str,
+    sum_tokens: Tensor,
+    sum_values: Tensor,
+    sum_encoded: Tensor,
+    sum_products: Tensor,
+    soft_cap: float | None = None,
+    learned_sinks: Tensor | None = None,
+) -> Tensor:
+    """The output of one step whose newest token, in slot ``stop`` - 1 of ``keys`` and ``values``, joins first.
+
+    Its low-rank key is written into ``packed``, and the sums are brought to the blocks that they cover.
+    """
+    sums = TailSums(sum_tokens, sum_values, sum_encoded, sum_products)
+    return launch.decode_step(
+        _encoder_of(encoder, planes), query, keys, values, packed, Spans(start, stop), k, scale, sinks=sinks,
+        recent=recent, tail=tail, sums=sums, soft_cap=soft_cap, learned_sinks=learned_sinks, newest=True,
+    ).output  # fmt: skip
+
+
+@decode_newest.register_fake
+def _(encoder: Sequence[Tensor], planes: str, query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _encoder_of(tensors: Sequence[Tensor], planes: str) -> TritonEncoder:
+    """The encoder of an operator's tensors. Nothing is copied, so that nothing need be kept."""
+    expected = native_operators.ENCODER_TENSORS
+    if len(tensors) != len(expected):
+        raise ArgumentError(f"encoder is {len(tensors)} tensors; give {', '.join(expected)}")
+    return TritonEncoder(Encoder("operator", Planes.parse(planes), *tensors))

@@ -1,0 +1,58 @@
+"""Models on the Triton kernels: decode steps equal the torch backend's, and reports say what ran."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from generate_operations import OPERATIONS
+from loki_attention import LokiError, attach
+from loki_attention.core.budget import Budget
+from loki_attention.kernels.triton.encoder import TritonEncoder
+from models import random_ids, tiny_basis, tiny_model
+from triton_cases import DEVICE
+
+BUDGET = Budget(fraction=1 / 8, minimum=24, sinks=2, recent=8)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tail", ["linear", pytest.param("none", marks=pytest.mark.slow)])
+def test_decode_steps_equal_the_torch_backends(tail: str) -> None:
+    """float32: the same slots, and logits that agree to rounding; twins and sums kept up by the cache."""
+    model, basis, ids = tiny_model(dtype=torch.float32).to(DEVICE), tiny_basis(), random_ids(2, 152).to(DEVICE)
+    logits, traces = {}, {}
+    for backend in ("triton", "torch"):
+        cache = DynamicCache(config=model.config)
+        with attach(model, basis, budget=BUDGET, tail=tail, backend=backend) as handle, handle.trace() as trace:
+            steps = [(0, 150), (150, 151), (151, 152)]
+            logits[backend] = [model(ids[:, a:b], past_key_values=cache).logits[:, -1] for a, b in steps]
+            report = handle.report()
+        traces[backend] = trace
+        assert report.backend.name == backend and report.sparse_steps > 0
+        if backend == "triton":
+            assert isinstance(cache.layers[1].store.twins.encoder, TritonEncoder)
+    for ours, theirs in zip(logits["triton"], logits["torch"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+    for ours, theirs in zip(traces["triton"], traces["torch"], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[layer], theirs[layer]) for layer in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "operation", ["greedy", "left padding"] if "left padding" in OPERATIONS else list(OPERATIONS)[:2]
+)
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_generating_equals_the_torch_backend(family: str, operation: str) -> None:
+    model, basis = tiny_model(family, dtype=torch.float32).to(DEVICE), tiny_basis(family)
+    found = {}
+    for backend in ("triton", "torch"):
+        with attach(model, basis, budget=BUDGET, tail="linear", backend=backend):
+            found[backend] = OPERATIONS[operation](model, DynamicCache(config=model.config))
+    assert torch.equal(found["triton"].sequences, found["torch"].sequences)
+
+
+def test_what_has_no_kernels_is_refused() -> None:
+    model, basis = tiny_model(dtype=torch.float32), tiny_basis()
+    for arguments in ({"per": "query-head"}, {"planes": "8@32"}, {"method": "exact-topk"}):
+        with pytest.raises(LokiError, match=r"backend 'triton' cannot run here: .* no kernels"):
+            attach(model, basis, budget=BUDGET, backend="triton", **arguments)

@@ -1,0 +1,96 @@
+"""What only a GPU can show: steps that are captured and replayed, compiled steps, memory errors and races."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import Shape
+from kernel_cases import FRACTION, Case
+from loki_attention.kernels.native_operators import ENCODER_TENSORS
+from loki_attention.kernels.rows import Spans
+from loki_attention.kernels.triton import launch, operators
+from triton_cases import DEVICE, prepared, workspace
+
+if DEVICE.type != "cuda":
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+CASE = Case("32@4+64@2", Shape(2, 4, 128), (3000, 1500), "linear", FRACTION)
+SANITIZER = shutil.which("compute-sanitizer")
+TESTS = Path(__file__).parents[1]
+
+
+def test_a_captured_step_follows_the_lengths_on_the_device() -> None:
+    """One graph, replayed as sequences grow, equals steps launched one by one, to the bit; nothing is allocated."""
+    ready, space = prepared(CASE, torch.bfloat16), workspace(CASE, prepared(CASE).layer)
+    stop = torch.tensor([2900, 2950], device=DEVICE)
+    start = torch.tensor([0, 1500], device=DEVICE)
+    k, out = torch.full((2,), 200, device=DEVICE), torch.empty_like(ready.layer.query)
+    replayed = [type(ready.sums)(*(torch.zeros_like(one) for one in ready.sums)) for _ in range(2)]
+    packed = [ready.packed.clone() for _ in range(2)]
+
+    def step(i: int) -> None:
+        launch.decode_step(
+            ready.encoder, *ready.layer[:3], packed[i], Spans(start, stop), k, CASE.shape.scale, sinks=2, recent=8,
+            tail="linear", sums=replayed[i], newest=True, workspace=space, out=out,
+        )  # fmt: skip
+
+    step(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(0)
+    for _ in range(100):
+        stop += 1
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        graph.replay()
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        captured = out.clone()
+        step(1)
+        assert torch.equal(captured, out)
+    assert torch.equal(packed[0], packed[1])
+
+
+def test_a_hundred_runs_are_equal_to_the_bit() -> None:
+    ready = prepared(CASE, torch.bfloat16)
+    first = ready.step()
+    assert first.indices is not None
+    for _ in range(100):
+        again = ready.step()
+        assert again.indices is not None
+        assert torch.equal(again.indices, first.indices) and torch.equal(again.output, first.output)
+
+
+def test_a_compiled_decode_step_with_reduced_overhead() -> None:
+    ready = prepared(CASE, torch.bfloat16)
+    tensors = [getattr(ready.encoder.source, name) for name in ENCODER_TENSORS]
+    packed, sums = ready.packed.clone(), [one.clone() for one in ready.sums]
+    assert operators.decode_newest is not None
+
+    def step(query: torch.Tensor) -> torch.Tensor:
+        return torch.ops.loki_attention.decode_newest(
+            tensors, CASE.planes, query * 1.0, *ready.layer[1:3], packed, *ready.visible, ready.k, CASE.shape.scale, 2, 8,
+            "linear", *sums,
+        )  # fmt: skip
+
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    expected = step(ready.layer.query)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(ready.layer.query), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not on the PATH")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_memory_error_and_no_race(tool: str) -> None:
+    assert SANITIZER is not None
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "3", sys.executable, str(TESTS / "triton_step.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
+    report = done.stdout + done.stderr
+    if "Device not supported" in report:
+        pytest.skip("compute-sanitizer does not support this device here")
+    assert done.returncode == 0, report[-2000:]
