@@ -53,10 +53,10 @@ def test_triton_is_chosen_on_a_gpu_and_where_asked_for(monkeypatch: pytest.Monke
     assert choose_backend("triton", on_gpu) == ("triton", "asked for, Triton kernels")
     assert choose_backend("auto", work()).name == "native"
     assert choose_backend("auto", on_gpu._replace(head_dim=512)).reason.startswith(
-        "no Triton kernels here: head dim 512"
+        "no triton kernels here: head dim 512"
     )
     monkeypatch.setattr(availability, "problem", lambda device=None: "torch sees no GPU")
-    assert choose_backend("auto", on_gpu) == ("torch", "no Triton kernels here: torch sees no GPU")
+    assert choose_backend("auto", on_gpu) == ("torch", "no triton kernels here: torch sees no GPU")
     with pytest.raises(ArgumentError, match="backend 'triton' cannot run here: torch sees no GPU"):
         choose_backend("triton", on_gpu)
 

@@ -39,23 +39,16 @@ def choose_backend(name: str, work: Work | None = None) -> Backend:
         raise unknown_name("backend", name, BACKENDS)
     if name == "torch":
         return Backend("torch", "asked for")
-    # The interpreter is for tests: nobody gets it without asking.
+    # Triton's interpreter is for tests: nobody gets it without asking.
     on_gpu = work is not None and work.device == "cuda"
-    if name == "triton" or (name == "auto" and on_gpu):
-        problem = _problem_with_triton(work)
-        if problem is None:
-            asked = "asked for, " if name == "triton" else ""
-            return Backend("triton", f"{asked}{availability.description()}")
-        if name == "triton":
-            raise ArgumentError(f"backend 'triton' cannot run here: {problem}; use 'auto' or 'torch'")
-        return Backend("torch", f"no Triton kernels here: {problem}")
-    problem = _problem_with_native(work)
-    if problem is None:
-        asked = "asked for, " if name == "native" else ""
-        return Backend("native", f"{asked}{native_extension.isa()} kernels for decode steps")
-    if name == "native":
-        raise ArgumentError(f"backend 'native' cannot run here: {problem}; use 'auto' or 'torch'")
-    return Backend("torch", f"no native kernels here: {problem}")
+    kind = name if name != "auto" else "triton" if on_gpu else "native"
+    problem = _problem_with_triton(work) if kind == "triton" else _problem_with_native(work)
+    if problem is not None:
+        if name != "auto":
+            raise ArgumentError(f"backend {name!r} cannot run here: {problem}; use 'auto' or 'torch'")
+        return Backend("torch", f"no {kind} kernels here: {problem}")
+    what = availability.description() if kind == "triton" else f"{native_extension.isa()} kernels for decode steps"
+    return Backend(kind, what if name == "auto" else f"asked for, {what}")
 
 
 def _problem_with_native(work: Work | None) -> str | None:
