@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loki_attention.analysis.comparing import Table, difference, tables, to_dict
-from loki_attention.analysis.comparison_report import cells, headings, markdown_table, terminal_table
+from loki_attention.analysis.comparison_report import cells, headings, markdown_table, terminal_tables
 from loki_attention.analysis.quality_figures import by_depth, write_heat_maps, write_quality_figures
 from loki_attention.errors import ArgumentError
 from loki_attention.intervals import bootstrap_interval, wilson_interval
@@ -112,12 +112,21 @@ def test_families_and_tasks_that_say_nothing_are_marked() -> None:
     assert note is not None and "near chance (50%)" in note
 
 
+def test_a_wide_table_comes_in_parts_that_fit_a_terminal() -> None:
+    metrics = ("kl_from_dense", "next_token_agreement", "kept_mass", "set_recall", "jaccard")
+    table = table_of([row(metric, "loki @ 1/8", [0.1, 0.2], 0.2, task="fidelity") for metric in metrics])
+    first, second = ([column.header for column in part.columns] for part in terminal_tables(table))
+    assert first == ["variant", "bytes", "KL x 1000", "same token", "to the best"]
+    assert second == ["variant", "kept mass", "set recall", "jaccard"]
+
+
 def test_markdown_and_json_have_what_the_terminal_has() -> None:
     table = table_of(LOSSES)
     shown = markdown_table(table)
     assert "### perplexity" in shown
     assert "| loki @ 1/8 | 18.0% | 27.50 [20.00, 35.00] | noise |" in shown
-    assert terminal_table(table).row_count == len(table.rows) == shown.count(" @ ") + 1
+    (alone,) = terminal_tables(table)
+    assert alone.row_count == len(table.rows) == shown.count(" @ ") + 1
     said = json.loads(json.dumps(to_dict(table)))
     loki = next(one for one in said["rows"] if one["variant"] == "loki @ 1/8")
     assert loki["values"]["kl_from_dense"]["value"] == pytest.approx(0.0275)

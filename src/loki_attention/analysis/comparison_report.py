@@ -16,20 +16,29 @@ _HEADINGS = {
 _THOUSANDTHS = ("kl_from_dense",)
 _SIGNED = ("perplexity_over_dense",)
 _HIDDEN = ("log_loss",)
+_METRICS_AT_ONCE = 2
 
 
-def terminal_table(table: Table) -> Shown:
-    """A task's table for a terminal."""
+def terminal_tables(table: Table) -> list[Shown]:
+    """A task's table for a terminal; one of many columns comes in parts."""
+    titles, rows = headings(table), [cells(table, row) for row in table.rows]
+    # Bytes, the first metrics and the standing; then the others.
+    parts = [[*range(1, 2 + _METRICS_AT_ONCE), len(titles) - 1]] if len(titles) > 3 + _METRICS_AT_ONCE else []
+    rest = list(range(2 + _METRICS_AT_ONCE, len(titles) - 1)) if parts else list(range(1, len(titles)))
+    return [_part(table, titles, rows, columns) for columns in (*parts, rest)]
+
+
+def _part(table: Table, titles: list[str], rows: list[list[str]], columns: list[int]) -> Shown:
     shown = Shown(title=table.task, caption=table.note)
-    shown.add_column("variant", no_wrap=True)
-    for heading in headings(table)[1:]:
-        shown.add_column(heading, justify="right")
+    shown.add_column(titles[0], no_wrap=True)
+    for column in columns:
+        shown.add_column(titles[column], justify="right")
     budget = None
-    for row in table.rows:
+    for row, texts in zip(table.rows, rows, strict=True):
         if row.budget != budget and row.method != DENSE:
             shown.add_section()
             budget = row.budget
-        shown.add_row(*cells(table, row))
+        shown.add_row(texts[0], *(texts[column] for column in columns))
     return shown
 
 

@@ -54,7 +54,7 @@ def _quality(table: Table, folder: Path) -> Path:
     axes.set(
         title=table.task,
         xlabel="bytes read a decode step, of dense attention's",
-        ylabel=f"{table.first.replace('_', ' ')} ({unit})",
+        ylabel=f"{table.first.replace('kl_', 'KL ').replace('_', ' ')} ({unit})",
     )
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     plain_axes(axes)

@@ -31,7 +31,7 @@ def compare_command(files: Files, markdown: Markdown = False, plot: Plot = None,
         raise ArgumentError("--markdown and --json exclude each other; give one of them")
     rows = _rows(files)
     from loki_attention.analysis.comparing import tables, to_dict
-    from loki_attention.analysis.comparison_report import markdown_table, terminal_table
+    from loki_attention.analysis.comparison_report import markdown_table, terminal_tables
     from loki_attention.analysis.quality_figures import write_heat_maps, write_quality_figures
 
     found = tables(rows)
@@ -43,7 +43,7 @@ def compare_command(files: Files, markdown: Markdown = False, plot: Plot = None,
         if markdown:
             print(markdown_table(table))
         else:
-            results().print(terminal_table(table))
+            results().print(*terminal_tables(table))
     for path in pictures:
         print(path)
 

@@ -176,7 +176,7 @@ def _show(
     as_json: bool,
 ) -> None:
     from loki_attention.analysis.comparing import tables
-    from loki_attention.analysis.comparison_report import terminal_table
+    from loki_attention.analysis.comparison_report import terminal_tables
     from loki_attention.analysis.quality_figures import write_heat_maps, write_quality_figures
 
     found = tables(rows)
@@ -186,7 +186,7 @@ def _show(
         print_json(document | {"left_out": planned.left_out, "figures": [str(path) for path in pictures]})
         return
     for table in found:
-        results().print(terminal_table(table))
+        results().print(*terminal_tables(table))
     for name, tasks in planned.left_out.items():
         print(f"left out, for it cannot read so little: {name} on {', '.join(tasks)}")
     for path in (*pictures, *([] if output is None else [output])):
