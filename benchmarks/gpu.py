@@ -7,11 +7,13 @@ cases after so many minutes. Without a GPU `--dry-run` goes through the same cod
 """
 
 import argparse
+import gc
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -72,6 +74,7 @@ def _generate(device: object, folder: Path, deadline: float) -> None:
         LOKI,
         OUR_CACHE,
         SMALL_MODEL,
+        STATIC,
         Generation,
         ModelShape,
         Suite,
@@ -79,22 +82,38 @@ def _generate(device: object, folder: Path, deadline: float) -> None:
     from loki_attention.core.budget import Budget
 
     shape = ModelShape(layers=32, head_dim=128, hidden=4096, intermediate=14336, vocabulary=128256)
-    variants, results = (DEFAULT, OUR_CACHE, LOKI), []
+    results: list[Any] = []
     if str(device) == "cpu":
-        suites = [Suite(shape=SMALL_MODEL, lengths=(200,), new_tokens=2, rounds=1, variants=(DEFAULT, OUR_CACHE),
-                        budget=Budget(tokens=64), device="cpu")]  # fmt: skip
+        suites = [Suite(shape=SMALL_MODEL, lengths=(200,), new_tokens=2, rounds=1, budget=Budget(tokens=64), batch=batch,
+                        variants=(DEFAULT, STATIC, OUR_CACHE), device="cpu") for batch in (1, 2)]  # fmt: skip
     else:
+        every, largest = (DEFAULT, STATIC, OUR_CACHE, LOKI), (DEFAULT, STATIC, LOKI)
         suites = [Suite(shape=shape, lengths=lengths, variants=variants, rounds=3, batch=batch, device="cuda")
-                  for batch, lengths in ((1, (8192, 32768, 65536)), (8, (8192,)))]  # fmt: skip
+                  for batch, lengths, variants in ((1, (8192, 32768, 65536), every), (8, (8192, 32768), largest))]  # fmt: skip
     for suite in suites:
-        if time.monotonic() > deadline:
-            print(f"left out: generation at batch {suite.batch}: no time left", file=sys.stderr)
-            continue
-        generation = Generation(suite)
+        generation = None
         for tokens in suite.lengths:
-            if time.monotonic() <= deadline:
-                results += generation.measure(tokens).results
-                _save(folder / "gpu-generate.json", results)
+            reason = _why_not(suite.cache_bytes(tokens), deadline, device)
+            if reason:
+                print(f"left out: generation at batch {suite.batch}, {tokens} tokens: {reason}", file=sys.stderr)
+                continue
+            generation = generation or Generation(suite)
+            results += generation.measure(tokens).results
+            _save(folder / "gpu-generate.json", results)
+
+
+def _why_not(cache_bytes: int, deadline: float, device: object) -> str:
+    """Why a case is not started, empty if it is: the time, or caches with a fifth to spare that do not fit."""
+    import torch
+
+    if time.monotonic() > deadline:
+        return "no time left"
+    if str(device) != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()
+        if 1.2 * cache_bytes > torch.cuda.mem_get_info()[0]:
+            return f"its caches need {cache_bytes / 1e9:.0f} GB"
+    return ""
 
 
 def _save(path: Path, results: Sequence[object]) -> None:

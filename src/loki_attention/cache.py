@@ -35,16 +35,15 @@ class Twins:
 
 @dataclass(slots=True)
 class Tail:
-    """The tail's sums over each sequence's first ``covered`` valid tokens, and the slot ranks they were taken by."""
+    """The tail's sums over each sequence's first ``covered`` valid tokens, and the slot ranks they were taken by.
+
+    ``covered`` is what ``sums.tokens`` says, as the rows of the last forward had it: layers share the tensor.
+    """
 
     encoder: KeyEncoder | None
     sums: TailSums  # tokens (B, 1), values (B, Hkv, D), encoded (B, Hkv, R1), products (B, Hkv, R1, D)
     rank: Int[Tensor, "b s"]
-
-    @property
-    def covered(self) -> Int[Tensor, " b"]:
-        """Tokens in the sums, per sequence."""
-        return self.sums.tokens[:, 0].long()
+    covered: Int[Tensor, " b"]
 
 
 @dataclass(slots=True)
@@ -170,10 +169,12 @@ class LayerCache:
     def absorb(self, encoder: KeyEncoder | None, rows: Rows) -> TailSums:
         """Bring the tail's sums to the blocks that ``rows`` (one a sequence) cover, reading only what changed."""
         assert self.keys is not None and self.values is not None
-        if self.tail is None or _digest(self.tail.encoder) != _digest(encoder) or not self._same_prefix(rows.rank):
-            self.tail = Tail(encoder, _no_sums(self.keys, encoder), rows.rank)
+        if self.tail is None or _digest(self.tail.encoder) != _digest(encoder) or not rows.continues(self.tail.rank):
+            self.tail = Tail(encoder, _no_sums(self.keys, encoder), rows.rank, torch.zeros_like(rows.tokens[:, 0]))
         self.tail.rank = rows.rank
-        self._cover(covered_tokens(rows.tokens[:, 0]))
+        if not rows.covers(self.tail.covered):
+            self._cover(rows.covered)
+        self.tail.covered = rows.covered
         return self.tail.sums
 
     def crop(self, tokens: int) -> None:
@@ -181,7 +182,9 @@ class LayerCache:
         tokens = min(tokens, self.length)
         if self.tail is not None:
             left = (self.tail.rank[:, :tokens] >= 0).sum(-1)
-            self._cover(torch.minimum(covered_tokens(left), self.tail.covered))
+            target = torch.minimum(covered_tokens(left), self.tail.covered)
+            self._cover(target)
+            self.tail.covered = target
             self.tail.rank = self.tail.rank[:, :tokens]
         if self.twins is not None:
             self.twins.encoded = min(self.twins.encoded, tokens)
@@ -197,7 +200,7 @@ class LayerCache:
             self.twins.packed = pick(self.twins.packed)
         if self.tail is not None:
             self.tail.sums = TailSums(*(pick(tensor) for tensor in self.tail.sums))
-            self.tail.rank = pick(self.tail.rank)
+            self.tail.rank, self.tail.covered = pick(self.tail.rank), pick(self.tail.covered)
         self.watched.select_batch(pick)
 
     def reset(self) -> None:
@@ -205,22 +208,10 @@ class LayerCache:
         self.length, self.twins, self.tail, self.watched = 0, None, None, Watched()
         self._keys = self._values = None
 
-    def _same_prefix(self, rank: Tensor) -> bool:
-        """Whether the slots that the sums were taken from still hold the same tokens of their sequence."""
-        assert self.tail is not None
-        known = self.tail.rank
-        if known is rank:
-            return True
-        if known.shape[0] != rank.shape[0] or known.shape[1] > rank.shape[1]:
-            return False
-        return bool((known == rank[:, : known.shape[1]]).all())
-
     def _cover(self, target: Int[Tensor, " b"]) -> None:
         """Add, or where the target is lower subtract, the tokens between what is covered and ``target``."""
         assert self.tail is not None and self._keys is not None and self._values is not None
         rank, covered = self.tail.rank, self.tail.covered
-        if torch.equal(covered, target):
-            return
         held, wanted = ((rank >= 0) & (rank < bound[:, None]) for bound in (covered, target))
         change = wanted.int() - held.int()
         touched = change.ne(0).any(0).nonzero()

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from loki_attention.benchmarking import generate, timing
-from loki_attention.benchmarking.generate import SMALL_MODEL, VARIANTS, Generation, Suite
+from loki_attention.benchmarking.generate import SMALL_MODEL, STATIC, VARIANTS, Generation, Suite
 from loki_attention.errors import LokiError
 from loki_attention.kernels import native
 
@@ -32,11 +33,38 @@ def test_every_variant_is_timed():
 
 def test_decoding_leaves_the_cache_as_long_as_it_was():
     generation = Generation(SUITE)
-    cache, ids = generation._filled(300), generation._ids(301)
-    for name in VARIANTS:
+    ids = generation._ids(301)
+    caches = [(name, generation._filled(300, name)) for name in (*VARIANTS, STATIC)]
+    for name, cache in caches:
         with torch.inference_mode(), generation._attached(name):
             generation._generate(ids, cache, 2)
         assert cache.get_seq_length() == 300
+
+
+def test_a_static_cache_is_decoded_by_a_compiled_step():
+    """As on a GPU, but with a compiler that takes no time; batch 2."""
+    generation = Generation(replace(SUITE, variants=(STATIC,), batch=2))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    settings = CompileConfig(backend=backend, mode="default")
+    settings._compile_all_devices = True
+    generation._model.generation_config.compile_config = settings
+    (row,) = generation.measure(300).results
+    assert (row.config["variant"], row.config["backend"], row.config["batch"]) == (STATIC, None, 2)
+    assert graphs and row.value > 0
+
+
+def test_caches_are_counted_before_they_are_made():
+    suite = replace(SUITE, variants=(STATIC, VARIANTS[0]), batch=3)
+    caches = [Generation(suite)._filled(100, name) for name in suite.variants]
+    held = sum(
+        tensor[:, :, :100].nbytes for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)
+    )
+    assert suite.cache_bytes(100) == held
 
 
 def test_wrong_logits_are_not_timed(monkeypatch):

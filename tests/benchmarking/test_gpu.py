@@ -23,6 +23,7 @@ CASE = Case(heads=Heads(2, 1, 64), batch=1, tokens=128)
 SUITE = GpuSuite(cases=[CASE], planes=("16@4",), fractions=("1/2",), rounds=1, rotated_bytes=1, flex=False)
 
 
+@pytest.mark.slow
 def test_a_case_is_checked_and_has_its_stages() -> None:
     found = measure(CASE, SUITE, CPU)
     by_name = {one.config["provider"]: one for one in found.results}

@@ -1,8 +1,10 @@
 """Models on the Triton kernels: decode steps equal the torch backend's, and reports say what ran."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from generate_operations import OPERATIONS
 from loki_attention import LokiError, attach
@@ -15,10 +17,12 @@ BUDGET = Budget(fraction=1 / 8, minimum=24, sinks=2, recent=8)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("tail", ["linear", pytest.param("none", marks=pytest.mark.slow)])
-def test_decode_steps_equal_the_torch_backends(tail: str) -> None:
+@pytest.mark.parametrize(
+    ("tail", "batch"), [("linear", 1), *(pytest.param(tail, 2, marks=pytest.mark.slow) for tail in ("linear", "none"))]
+)
+def test_decode_steps_equal_the_torch_backends(tail: str, batch: int) -> None:
     """float32: the same slots, and logits that agree to rounding; twins and sums kept up by the cache."""
-    model, basis, ids = tiny_model(dtype=torch.float32).to(DEVICE), tiny_basis(), random_ids(2, 152).to(DEVICE)
+    model, basis, ids = tiny_model(dtype=torch.float32).to(DEVICE), tiny_basis(), random_ids(batch, 152).to(DEVICE)
     logits, traces = {}, {}
     for backend in ("triton", "torch"):
         cache = DynamicCache(config=model.config)
@@ -49,6 +53,21 @@ def test_generating_equals_the_torch_backend(family: str, operation: str) -> Non
         with attach(model, basis, budget=BUDGET, tail="linear", backend=backend):
             found[backend] = OPERATIONS[operation](model, DynamicCache(config=model.config))
     assert torch.equal(found["triton"].sequences, found["torch"].sequences)
+
+
+@torch.inference_mode()
+def test_a_placed_model_answers_as_a_plain_one(tmp_path: Path) -> None:
+    plain, basis, ids = tiny_model(dtype=torch.float32).to(DEVICE), tiny_basis(), random_ids(1, 121).to(DEVICE)
+    plain.save_pretrained(tmp_path)
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map={"": DEVICE}).eval()
+    logits = []
+    for model in (plain, placed):
+        cache = DynamicCache(config=model.config)
+        with attach(model, basis, budget=BUDGET, tail="linear", backend="triton") as handle:
+            model(ids[:, :120], past_key_values=cache)
+            logits.append(model(ids[:, 120:], past_key_values=cache).logits)
+            assert handle.report().sparse_steps > 0
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
 
 
 def test_what_has_no_kernels_is_refused() -> None:

@@ -20,10 +20,7 @@ ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "benchmarks" / "results" / "triton-compiled.json"
 QUICK = [
     "score, 32@4+64@2@90",
-    "score, 32@8, histogram@80",
     "compact@90",
-    "select, 4096 slots@90",
-    "encode keys, 64@4@100",
     "dense, bf16, D 128@90",
 ]
 

@@ -27,16 +27,21 @@ from loki_attention.core.spec import ModelSpec
 from loki_attention.errors import LokiError, LokiWarning
 from loki_attention.integrations.huggingface import attach
 from loki_attention.integrations.huggingface.families import causal_model_class
-from loki_attention.integrations.huggingface.loading import load_config, new_cache
+from loki_attention.integrations.huggingface.loading import load_config, new_cache, new_static_cache, shorten
 from loki_attention.integrations.huggingface.observe import Observation, observe
 from loki_attention.results import Result, Setting
 
 DEFAULT, OUR_CACHE, LOKI, BREAK_EVEN = "transformers", "dense, our cache", "loki", "loki, break-even"
 VARIANTS = (DEFAULT, OUR_CACHE, LOKI, BREAK_EVEN)
+STATIC = "transformers, static cache"
+"""What ``cache_implementation="static"`` gives; on a GPU ``generate()`` compiles its decode steps into CUDA graphs."""
 _BUDGET = Budget(fraction=1 / 8)
 _WINDOWS, _WINDOW_TOKENS = 2, 256
 _LARGEST_ERROR = 0.05
 _GATE_TOKENS, _GATE_STEPS = 512, 4
+_STATIC_ALIGNMENT = 64
+# A compiled step runs once to warm up and once to be captured before it is replayed; the first token is prefill's.
+_WARM_TOKENS, _WARM_TOKENS_COMPILED = 2, 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +98,12 @@ class Suite:
     batch: int = 1
     device: str = "cpu"
 
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of K and V that the variants' caches hold together."""
+        shape = self.shape
+        each = 2 * shape.layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+        return len(self.variants) * self.batch * tokens * each
+
 
 class Measured(NamedTuple):
     """A length's results and the load meanwhile."""
@@ -123,28 +134,33 @@ class Generation:
         """Tokens/s of every variant over a cache of ``tokens`` tokens."""
         suite = self._suite
         ids = self._ids(tokens + 1)
-        caches = {name: self._filled(tokens) for name in suite.variants}
+        caches = {name: self._filled(tokens, name) for name in suite.variants}
         seconds: dict[str, list[float]] = {name: [] for name in suite.variants}
         backends: dict[str, str] = {}
         with watched() as load, torch.inference_mode():
             for _ in range(suite.rounds):
                 for name, cache in caches.items():
                     with self._attached(name) as attached:
-                        # What an attachment does once, encoding the whole cache say, is not part of decoding.
-                        self._generate(ids, cache, 2)
+                        # What is done once, encoding the whole cache or compiling say, is not part of decoding.
+                        self._generate(ids, cache, _WARM_TOKENS_COMPILED if name == STATIC else _WARM_TOKENS)
+                        if ids.is_cuda:
+                            torch.cuda.synchronize()
                         start = time.perf_counter()
                         self._generate(ids, cache, suite.new_tokens)
                         if ids.is_cuda:
                             torch.cuda.synchronize()
                         seconds[name].append(time.perf_counter() - start)
                         backends[name] = "" if attached is None else attached.report().backend.name
+        if STATIC in suite.variants:
+            # Else the next length would be compiled for shapes that change.
+            torch.compiler.reset()
         results = [self._result(name, tokens, seconds[name], backends[name], load) for name in suite.variants]
         return Measured(tokens, tuple(results), load)
 
     @contextmanager
     def _attached(self, name: str, budget: Budget | None = None) -> Iterator[Any]:
         """The model as a variant has it; the handle, None where nothing is attached."""
-        if name == DEFAULT:
+        if name in (DEFAULT, STATIC):
             yield None
             return
         below: Any = "break-even" if name == BREAK_EVEN else 0
@@ -160,23 +176,33 @@ class Generation:
 
     def _generate(self, ids: Tensor, cache: Any, new_tokens: int) -> None:
         """Decode ``new_tokens`` tokens and take them off the cache again."""
-        held = cache.get_seq_length()
+        held = int(cache.get_seq_length())
         self._model.generate(
             ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new_tokens,
             min_new_tokens=new_tokens, do_sample=False, pad_token_id=0,
         )  # fmt: skip
-        cache.crop(held - cache.get_seq_length())
+        shorten(cache, held)
 
-    def _filled(self, tokens: int) -> Any:
-        """A cache of random keys, spread as the model's own are, and values."""
-        cache, (kv_heads, dim) = new_cache(self._model), (self._suite.shape.kv_heads, self._suite.shape.head_dim)
-        generator = torch.Generator().manual_seed(tokens)
+    def _empty(self, tokens: int, name: str) -> Any:
+        """A variant's cache without tokens, for as many and those that rounds generate."""
+        if name != STATIC:
+            return new_cache(self._model)
+        room = tokens + max(self._suite.new_tokens, _WARM_TOKENS_COMPILED, _GATE_STEPS) + 1
+        return new_static_cache(self._model, -(-room // _STATIC_ALIGNMENT) * _STATIC_ALIGNMENT)
+
+    def _filled(self, tokens: int, name: str) -> Any:
+        """A variant's cache of random keys, spread as the model's own are, and values."""
+        cache, (kv_heads, dim) = self._empty(tokens, name), (self._suite.shape.kv_heads, self._suite.shape.head_dim)
+        device = self._suite.device
+        generator = torch.Generator(device).manual_seed(tokens)
         for layer, moments in self._moments.items():
-            mean = moments.post_keys.mean.float()[:, None]
-            deviation = moments.post_keys.covariance.diagonal(dim1=-2, dim2=-1).sqrt().float()[:, None]
-            keys = mean + deviation * torch.randn(kv_heads, tokens, dim, generator=generator)
-            values = self._value_deviation[layer] * torch.randn(kv_heads, tokens, dim, generator=generator)
-            one = (tensor[None].to(self._suite.device, self._suite.dtype) for tensor in (keys, values))
+            mean = moments.post_keys.mean.float()[:, None].to(device)
+            deviation = moments.post_keys.covariance.diagonal(dim1=-2, dim2=-1).sqrt().float()[:, None].to(device)
+            drawn = [torch.randn(kv_heads, tokens, dim, generator=generator, device=device) for _ in "kv"]
+            one = (
+                tensor[None].to(self._suite.dtype)
+                for tensor in (mean + deviation * drawn[0], self._value_deviation[layer] * drawn[1])
+            )
             cache.update(*(tensor.expand(self._suite.batch, -1, -1, -1) for tensor in one), layer)
         return cache
 
@@ -189,7 +215,7 @@ class Generation:
         """Raise unless sparse steps over all tokens, or all but one or two, give dense logits in this dtype."""
         nearly_all = replace(self._suite.budget, tokens=None, fraction=1 - 1 / 256)
         dense = self._logits(DEFAULT, nearly_all)
-        for name, budget in ((OUR_CACHE, None), (LOKI, Budget(fraction=1.0)), (LOKI, nearly_all)):
+        for name, budget in ((STATIC, None), (OUR_CACHE, None), (LOKI, Budget(fraction=1.0)), (LOKI, nearly_all)):
             error = float((self._logits(name, budget) - dense).norm() / dense.norm())
             if not error <= _LARGEST_ERROR:
                 raise LokiError(
@@ -199,7 +225,7 @@ class Generation:
 
     def _logits(self, name: str, budget: Budget | None) -> Tensor:
         """Logits of some decode steps over a short cache."""
-        ids, cache = self._ids(_GATE_STEPS), self._filled(_GATE_TOKENS)
+        ids, cache = self._ids(_GATE_STEPS), self._filled(_GATE_TOKENS, name)
         with torch.inference_mode(), self._attached(name, budget):
             steps = [self._model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(_GATE_STEPS)]
         return torch.cat(steps).double()

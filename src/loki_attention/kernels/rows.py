@@ -1,6 +1,7 @@
 """Which cache slots each query row sees. Knows masks and counts; nothing of scores."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loki_attention.core.selection import SAMPLED_TOKENS, TILE
+from loki_attention.core.tail import covered_tokens
 
 
 class Spans(NamedTuple):
@@ -23,11 +25,13 @@ class Rows:
     """The valid slots of a batch and how many of them each row sees.
 
     Causal rows are nested: a row sees the first ``tokens`` valid slots of its sequence. ``rank`` is a slot's place
-    among its sequence's valid slots, -1 for padding and holes.
+    among its sequence's valid slots, -1 for padding and holes. The layers of a forward share one: what a comparison
+    found for the first of them is kept for the others, since reading it waits for the device.
     """
 
     rank: Int[Tensor, "b s"]
     tokens: Int[Tensor, "b t"]
+    _compared: dict[int, tuple[Tensor, bool]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, valid: Bool[Tensor, "b s"], tokens: Int[Tensor, "b t"]) -> "Rows":
@@ -50,6 +54,28 @@ class Rows:
         start = torch.where(valid, slots, len(slots)).amin(-1)
         stop = torch.where(valid, slots + 1, 0).amax(-1)
         return Spans(start, stop) if bool((stop - start == tokens).all()) else None
+
+    @cached_property
+    def covered(self) -> Int[Tensor, " b"]:
+        """How many tokens the tail's sums hold of each sequence, by its first row."""
+        return covered_tokens(self.tokens[:, 0])
+
+    def covers(self, covered: Int[Tensor, " b"]) -> bool:
+        """Whether sums over ``covered`` tokens are those that these rows want."""
+        return self._known(covered, lambda: torch.equal(covered, self.covered))
+
+    def continues(self, rank: Int[Tensor, "c r"]) -> bool:
+        """Whether the slots of an earlier forward's ``rank`` still hold the same tokens of their sequences."""
+        batch, slots = rank.shape
+        if batch != len(self.rank) or slots > self.rank.shape[1]:
+            return False
+        return self._known(rank, lambda: torch.equal(rank, self.rank[:, :slots]))
+
+    def _known(self, tensor: Tensor, compare: Callable[[], bool]) -> bool:
+        # The tensor is kept beside the answer, so that no other takes its place in memory.
+        if id(tensor) not in self._compared:
+            self._compared[id(tensor)] = tensor, compare()
+        return self._compared[id(tensor)][1]
 
     def chunk(self, start: int, stop: int) -> "Rows":
         """Rows ``start`` to ``stop`` of the forward."""

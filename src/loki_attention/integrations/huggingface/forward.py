@@ -25,14 +25,14 @@ class Forward:
     def __init__(self, rule: RowRule | None, dense_below: int) -> None:
         self.called: set[int] = set()
         self._rule, self._dense_below = rule, dense_below
-        self._seen: tuple[Tensor | None, torch.Size, int] | None = None
+        self._seen: tuple[Tensor | None, torch.Size, int, torch.device] | None = None
         self._rows: Rows | None = None
         self._found: dict[Budget, SparseRows | str] = {}
 
     def rows(self, tensors: Tensors) -> Rows:
         """What each query row of a layer sees."""
         query, slots = tensors.query, tensors.keys.shape[2]
-        seen = (tensors.mask, query.shape, slots)
+        seen = (tensors.mask, query.shape, slots, query.device)
         known = self._seen is not None and self._seen[0] is seen[0] and self._seen[1:] == seen[1:]
         if self._rows is None or not known:
             self._rows = rows_of(tensors.mask, len(query), query.shape[2], slots, query.device)

@@ -12,6 +12,7 @@ from transformers import (
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
+    StaticCache,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
@@ -73,6 +74,20 @@ def load_tokenizer(name: str) -> Any:
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache for ``model``."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def new_static_cache(model: PreTrainedModel, slots: int) -> StaticCache:
+    """An empty cache of transformers' own with room for ``slots`` tokens, as ``cache_implementation="static"`` makes."""
+    return StaticCache(model.config.get_text_config(decoder=True), max_cache_len=slots)
+
+
+def shorten(cache: DynamicCache | StaticCache, tokens: int) -> None:
+    """Keep the first ``tokens`` tokens of a cache; of a static one only where every layer has full attention."""
+    if isinstance(cache, StaticCache):
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(tokens)
+    else:
+        cache.crop(tokens - cache.get_seq_length())
 
 
 def _check_place(name: str) -> None:

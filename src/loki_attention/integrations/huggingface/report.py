@@ -24,7 +24,7 @@ class Tally:
     sparse_rows: int = 0
     tokens_read: int = 0
     tokens_cached: int = 0
-    bytes_read: float = 0.0
+    bytes_read: Tensor | float = 0.0  # summed where it lies: reading it would wait for a device
     bytes_dense: float = 0.0
     kept: "KeptMass" = field(default_factory=lambda: KeptMass())
 
@@ -38,9 +38,8 @@ class Tally:
         self.tokens_cached += cached
         self.tokens_read += read
         group = tensors.query.shape[1] // kv_heads
-        self.bytes_read += kv_heads * float(
-            method.read_bytes(found.tokens_cached, found.tokens_read, group, row_bytes).sum()
-        )
+        read_bytes = method.read_bytes(found.tokens_cached, found.tokens_read, group, row_bytes)
+        self.bytes_read = self.bytes_read + kv_heads * read_bytes.sum(dtype=torch.float64)
         self.bytes_dense += float(2 * kv_heads * row_bytes * cached)
         if answer.kept is not None:
             kept = answer.kept.transpose(1, 2)
@@ -115,8 +114,9 @@ class LayerReport:
     def of(cls, layer: int, tally: Tally, *, sparse: bool, reason: str) -> "LayerReport":
         """A snapshot of a layer's tally."""
         mean, worst = tally.kept.read() or (None, None)
-        counts = {name: getattr(tally, name) for name in Tally.__slots__ if name not in ("kept", "dense_steps")}
-        steps = dict(tally.dense_steps)
+        apart = ("kept", "dense_steps", "bytes_read")
+        counts = {name: getattr(tally, name) for name in Tally.__slots__ if name not in apart}
+        counts["bytes_read"], steps = float(tally.bytes_read), dict(tally.dense_steps)
         return cls(
             layer=layer, sparse=sparse, reason=reason, dense_steps=steps, mean_mass=mean, worst_mass=worst, **counts
         )

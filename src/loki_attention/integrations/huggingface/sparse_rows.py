@@ -56,17 +56,18 @@ class SparseRows:
     @cached_property
     def tokens_cached(self) -> Int[Tensor, " n"]:
         """The tokens that each sparse row could see."""
-        return self.rows.tokens[self.active]
+        return self.rows.tokens.flatten() if self.all_active else self.rows.tokens[self.active]
 
     @cached_property
     def tokens_read(self) -> Int[Tensor, " n"]:
         """K of each sparse row."""
-        return self.k[self.active]
+        return self.k.flatten() if self.all_active else self.k[self.active]
 
     @cached_property
     def totals(self) -> tuple[int, int]:
         """Tokens seen and read over all sparse rows."""
-        return int(self.tokens_cached.sum()), int(self.tokens_read.sum())
+        cached, read = torch.stack([self.tokens_cached.sum(), self.tokens_read.sum()]).tolist()
+        return cached, read
 
 
 class Tensors(NamedTuple):
@@ -106,16 +107,19 @@ def find_sparse_rows(
         if rule.whole_window:
             k = torch.minimum(method.budget.of_each(rows.tokens[:, -1:]).expand_as(k), rows.tokens)
         check_nested(mask, rows, active)
-    if not bool(active.any()):
+    if count > 1 and not bool(active.any()):
         return "prompt rows"
     k = torch.where(rows.tokens < dense_below, rows.tokens, k)
     sparse = active & (k < rows.tokens)
     if not bool(sparse.any()):
         return "budget covers all tokens" if bool((rows.tokens[active] >= dense_below).any()) else "below dense_below"
-    # A decode batch goes through as one: sequences that the budget covers are attended whole, without a tail.
-    wanted = active if count == 1 else sparse
-    start = int(wanted.any(0).int().argmax())
-    return SparseRows(start, rows.chunk(start, count), k[:, start:], wanted[:, start:])
+    if count == 1:
+        # A decode batch goes through as one: sequences that the budget covers are attended whole, without a tail.
+        found = SparseRows(0, rows, k, active)
+        found.__dict__["all_active"] = True
+        return found
+    start = int(sparse.any(0).int().argmax())
+    return SparseRows(start, rows.chunk(start, count), k[:, start:], sparse[:, start:])
 
 
 def attend_sparse_rows(tensors: Tensors, method: Method, found: SparseRows, *, wants_indices: bool) -> Answer:
