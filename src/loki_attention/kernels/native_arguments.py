@@ -40,6 +40,11 @@ class Shape(NamedTuple):
         """Query heads, H."""
         return self.kv_heads * self.group
 
+    @property
+    def rows(self) -> int:
+        """Sequences times key heads: what work is counted by."""
+        return self.batch * self.kv_heads
+
 
 def refuse(name: str, got: object, expected: str) -> ArgumentError:
     """The error for a tensor that a kernel cannot take."""

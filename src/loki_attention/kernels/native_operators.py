@@ -185,13 +185,10 @@ def decode_step(
     ``sums`` are the tail's four tensors, or empty for tail "none". Slots come as :func:`select` has them; with a
     ``width`` of 0 they are not written, which is the faster.
     """
-    if len(sums) not in (0, len(TailSums._fields)):
-        raise ArgumentError(f"sums are {len(sums)} tensors; give {', '.join(TailSums._fields)}, or none")
-    visible = visible_slots(start, stop, rank, tokens)
+    held, visible = tail_sums(sums), visible_slots(start, stop, rank, tokens)
     found = native.decode_step(
         _prepared(encoder, planes), query, keys, values, packed, visible, k, scale, sinks=sinks, recent=recent, tail=tail,
-        sums=TailSums(*sums) if sums else None, soft_cap=soft_cap, learned_sinks=learned_sinks,
-        wants_indices=width > 0, wants_kept=True,
+        sums=held, soft_cap=soft_cap, learned_sinks=learned_sinks, wants_indices=width > 0, wants_kept=True,
     )  # fmt: skip
     assert found.kept is not None
     indices = _no_indices(packed, 0) if found.indices is None else _widened(found.indices, width)
@@ -248,6 +245,13 @@ def _prepared(tensors: Sequence[Tensor], planes: str) -> native.NativeEncoder:
     references = tuple(TensorWeakRef(tensor) for tensor in tensors)
     _prepared_by_key_map[tensors[2]] = _Prepared(planes, references, versions, encoder)
     return encoder
+
+
+def tail_sums(sums: Sequence[Tensor]) -> TailSums | None:
+    """The tail's sums that an operator was given, None for none; raises ``ArgumentError`` for another number of tensors."""
+    if len(sums) not in (0, len(TailSums._fields)):
+        raise ArgumentError(f"sums are {len(sums)} tensors; give {', '.join(TailSums._fields)}, or none")
+    return TailSums(*sums) if sums else None
 
 
 def visible_slots(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loki_attention.core.tail import TailSums
 from loki_attention.errors import ArgumentError
-from loki_attention.kernels.native_arguments import ELEMENT_TYPES, LARGEST_GROUP, LARGEST_HEAD_DIM, TILE, Visible
+from loki_attention.kernels.native_arguments import ELEMENT_TYPES, LARGEST_GROUP, LARGEST_HEAD_DIM, TILE, Shape, Visible
 from loki_attention.kernels.rows import Rows
 
 if TYPE_CHECKING:
@@ -20,21 +20,6 @@ _MOST_SLOTS = 1 << 25
 def refuse(name: str, got: object, expected: str) -> ArgumentError:
     """The error for a tensor that a kernel cannot take."""
     return ArgumentError(f"{name} is {got}; Triton kernels take {expected}")
-
-
-class Shape(NamedTuple):
-    """Sizes of one decode step."""
-
-    batch: int
-    kv_heads: int
-    group: int
-    dim: int
-    slots: int
-
-    @property
-    def rows(self) -> int:
-        """Sequences times key heads: what programs are counted by."""
-        return self.batch * self.kv_heads
 
 
 def shape_of(query: Tensor, keys: Tensor, values: Tensor) -> Shape:

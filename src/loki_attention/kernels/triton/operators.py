@@ -68,13 +68,12 @@ def decode_step(
     learned_sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, selected slots and the mass kept of one step (:func:`launch.decode_step`); no slots for a width of 0."""
-    if len(sums) not in (0, len(TailSums._fields)):
-        raise ArgumentError(f"sums are {len(sums)} tensors; give {', '.join(TailSums._fields)}, or none")
+    held = native_operators.tail_sums(sums)
     found = launch.decode_step(
         _encoder_of(encoder, planes), query, keys, values, packed,
         native_operators.visible_slots(start, stop, rank, tokens), k, scale, sinks=sinks, recent=recent, tail=tail,
-        sums=TailSums(*sums) if sums else None, soft_cap=soft_cap, learned_sinks=learned_sinks,
-        wants_indices=width > 0, width=width, wants_kept=True,
+        sums=held, soft_cap=soft_cap, learned_sinks=learned_sinks, wants_indices=width > 0, width=width,
+        wants_kept=True,
     )  # fmt: skip
     assert found.kept is not None
     indices = packed.new_empty(*packed.shape[:2], 1, 0, dtype=torch.int32) if found.indices is None else found.indices

@@ -12,8 +12,9 @@ import triton
 from torch import Tensor
 
 from loki_attention.core.tail import TAILS, TailSums
+from loki_attention.kernels.native_arguments import Shape
 from loki_attention.kernels.triton import arguments
-from loki_attention.kernels.triton.arguments import Seen, Shape
+from loki_attention.kernels.triton.arguments import Seen
 from loki_attention.kernels.triton.attend import attend_kernel
 from loki_attention.kernels.triton.encoder import TritonEncoder
 from loki_attention.kernels.triton.opening import open_step_kernel
