@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loki_attention.data import sample_texts
-from train_reference_model import Recipe, Stage, draw_batch, main, train
+from train_reference_model import SIZES, Recipe, Stage, build_model, draw_batch, main, train
 from training_sequences import build_corpus, hidden_facts, read_texts, repeated_segment, train_tokenizer
 
 TINY = Recipe(
@@ -74,6 +74,16 @@ def test_the_recipe_spends_its_tokens_as_it_says():
     assert Recipe().rate(0.85) == pytest.approx(0.5)
 
 
+def test_the_large_model_is_what_it_says():
+    large = SIZES["large"]
+    plan = large.plan()
+    assert sum(stage.step_tokens for stage in plan) == pytest.approx(large.tokens, rel=1e-2)
+    assert max(stage.length for stage in plan) == 8192
+    with torch.device("meta"):
+        model = build_model(large, positions=16384)
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(24e6, rel=0.02)
+
+
 def test_facts_are_asked_for_at_the_end_and_their_answers_weigh_more(corpus):
     for seed in range(30):
         ids, weights = hidden_facts(corpus, 256, 4.0, random.Random(seed))
@@ -132,6 +142,8 @@ def test_the_command_trains_the_full_shape_and_can_be_stopped(tmp_path, capsys):
         str(tmp_path / "model"),
         "--tokens",
         "30000",
+        "--kv-heads",
+        "1",
         "--device",
         "cpu",
     ]
@@ -140,4 +152,5 @@ def test_the_command_trains_the_full_shape_and_can_be_stopped(tmp_path, capsys):
     main(command)
     assert "tokens/s" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(3.5e6, rel=0.02)
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(3.4e6, rel=0.02)
+    assert model.config.num_key_value_heads == 1
