@@ -5,7 +5,7 @@ asks, so that any cache operation only has to keep them consistent with the rows
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -60,6 +60,10 @@ class Watched:
     covered: int = 0
     prompt_tokens: Int[Tensor, " b"] | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def copy_for(self, owner: str) -> "Watched":
+        """The same notes as those of ``owner``, to go on from; these stay as they are."""
+        return replace(self, owner=owner, notes=dict(self.notes))
 
     def follow(self, owner: str, first: int, slots: int) -> None:
         """The rows of slots ``first`` to ``slots`` - 1 come next, for ``owner``; what was noted before may not fit."""

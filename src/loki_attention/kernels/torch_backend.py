@@ -53,9 +53,10 @@ class Attended(NamedTuple):
 def score_exact(query: Queries, keys: Keys, scale: float, sets: int, softmax: Softmax = PLAIN) -> GroupScores:
     """Exact attention scores of every slot, scale and soft-cap included, in float32 (float64 for float64)."""
     compute = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(compute).unflatten(1, (keys.shape[1], -1))
-    scores = softmax.cap(scale * (grouped @ keys.to(compute)[:, :, None].mT))
-    return scores.flatten(1, 2).unflatten(1, (sets, -1))
+    # A group's rows in one matrix: keys that are broadcast over the group would be copied for each head.
+    rows = query.to(compute).unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    scores = softmax.cap(scale * (rows @ keys.to(compute).mT))
+    return scores.unflatten(2, (-1, query.shape[2])).flatten(1, 2).unflatten(1, (sets, -1))
 
 
 def weighted_log_sum(scores: GroupScores, log_weight: Float[Tensor, "b t s"]) -> Float[Tensor, "b sets g t"]:

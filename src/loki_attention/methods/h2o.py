@@ -20,7 +20,7 @@ from loki_attention.cache import Watched
 from loki_attention.errors import ModelError
 from loki_attention.kernels import torch_backend
 from loki_attention.methods.base import Chosen, SelectionMethod, Step
-from loki_attention.methods.watching import WatchingMethod, attention_share, notes_of
+from loki_attention.methods.watching import WatchingMethod, attention_drawn, notes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +30,16 @@ class H2O(WatchingMethod):
     name: ClassVar[str] = "h2o"
     row_by_row: ClassVar[bool] = True
 
+    @property
+    def noted_of_dense(self) -> str:
+        """Dense rows evict nothing: no budget matters."""
+        return f"{self.name}, {self.per}"
+
     def watch(self, step: Step) -> None:
         """Add up the attention of dense rows; they saw everything, so nothing counts as evicted after them."""
         notes = self._notes(step)
         shown = step.rows.visible & (step.k > 0)[..., None]
-        notes["mass"] = notes["mass"] + attention_share(step, shown[:, None], step.sets(self.per)).sum(
-            (2, 3), dtype=torch.float64
-        )
+        notes["mass"] = notes["mass"] + attention_drawn(step, shown[:, None], step.sets(self.per))
         notes["kept"] = notes["kept"] | shown.any(1)[:, None]
 
     def choose(self, step: Step) -> Chosen:
@@ -49,9 +52,7 @@ class H2O(WatchingMethod):
         ranking = torch.where(stays[:, None], torch.inf, mass)
         indices = torch_backend.top_k(ranking, rows, step.k, torch_backend.Forced(0, 0))
         chosen = ~torch_backend.unselected(indices, rank.shape[-1])
-        notes["mass"] = notes["mass"] + attention_share(step, chosen, step.sets(self.per)).sum(
-            (2, 3), dtype=torch.float64
-        )
+        notes["mass"] = notes["mass"] + attention_drawn(step, chosen, step.sets(self.per))
         seen = visible & (step.k > 0)[..., None]
         notes["kept"] = notes["kept"] & (chosen | ~seen[:, None]).all(2)
         return Chosen(indices)

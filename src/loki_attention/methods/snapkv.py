@@ -22,7 +22,7 @@ from loki_attention.errors import ModelError
 from loki_attention.kernels import torch_backend
 from loki_attention.kernels.rows import Rows
 from loki_attention.methods.base import Chosen, Step
-from loki_attention.methods.watching import WatchingMethod, attention_share, notes_of
+from loki_attention.methods.watching import WatchingMethod, attention_drawn, notes_of
 
 POOLED = 7
 """Neighbours whose largest vote a token has."""
@@ -34,6 +34,11 @@ class SnapKV(WatchingMethod):
 
     name: ClassVar[str] = "snapkv"
     serves_paper_rows: ClassVar[bool] = False
+
+    @property
+    def noted_of_dense(self) -> str:
+        """Of the budget the window alone matters."""
+        return f"{self.name}, {self.per}, {self.budget.recent}"
 
     def budgets(self, rows: Rows, prompt_tokens: Int[Tensor, " b"] | None = None) -> Int[Tensor, "b t"]:
         """K of the prompt and every token since; where no prompt is known, as if all tokens were one."""
@@ -55,9 +60,7 @@ class SnapKV(WatchingMethod):
         first = int(voting.any(0).int().argmax())
         last = step._replace(query=step.query[:, :, first:], rows=rows.chunk(first, rows.tokens.shape[1]))
         shown = last.rows.visible & voting[:, first:, None]
-        held.notes["votes"] = votes + attention_share(last, shown[:, None], step.sets(self.per)).sum(
-            (2, 3), dtype=torch.float64
-        )
+        held.notes["votes"] = votes + attention_drawn(last, shown[:, None], step.sets(self.per))
         in_prompt = ((rows.rank >= 0) & (rows.rank < end)).any(0)
         held.covered = max(held.covered, int(in_prompt.nonzero().max()) + 1)
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from loki_attention.cache import Watched
 from loki_attention.errors import ArgumentError
 from loki_attention.kernels import torch_backend
-from loki_attention.kernels.torch_backend import GroupScores
 from loki_attention.methods.base import SelectionMethod, Step
 
 
@@ -35,6 +35,11 @@ class WatchingMethod(SelectionMethod):
         """Whose notes they are: others' are not taken over."""
         return f"{self.name}, {self.per}, {self.budget}"
 
+    @property
+    @abstractmethod
+    def noted_of_dense(self) -> str:
+        """All that the notes of dense rows depend on: methods that agree in it note the same of a prompt."""
+
     @abstractmethod
     def watch(self, step: Step) -> None:
         """Note rows that were dense: K is all the tokens that a row sees, and 0 for rows of padding."""
@@ -47,8 +52,11 @@ def notes_of(step: Step) -> Watched:
     return step.layer.watched
 
 
-def attention_share(step: Step, shown: Tensor, sets: int) -> GroupScores:
-    """Each row's exact attention over the slots that are ``shown`` (B, 1 or sets, T, S), 0 elsewhere; at least float32."""
+def attention_drawn(step: Step, shown: Tensor, sets: int) -> Float[Tensor, "b sets s"]:
+    """The exact attention that each slot draws of rows which attend the slots ``shown`` (B, 1 or sets, T, S) to them.
+
+    The sum over the rows and a set's heads, in the precision of attention: add up many rows' a few at a time.
+    """
     scores = torch_backend.score_exact(step.query, step.layer.keys, step.scale, sets, step.softmax)
     scores = scores.masked_fill(~shown[:, :, None], -torch.inf)
     share = scores.softmax(-1)
@@ -56,5 +64,5 @@ def attention_share(step: Step, shown: Tensor, sets: int) -> GroupScores:
         total = scores.logsumexp(-1, keepdim=True)
         logits = step.softmax.sink_logits.to(total.dtype).reshape(1, sets, -1, 1, 1)
         share = share * torch.sigmoid(total - logits)
-    # Rows that are shown nothing.
-    return share.nan_to_num()
+    # Rows that are shown nothing have no share.
+    return share.nan_to_num().sum((2, 3))

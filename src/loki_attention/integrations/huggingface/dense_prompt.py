@@ -7,9 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loki_attention.cache import Watched
 from loki_attention.integrations.huggingface.attached import Attached
 from loki_attention.integrations.huggingface.loading import new_cache
 from loki_attention.integrations.huggingface.report import Report
+from loki_attention.integrations.huggingface.watching import notes_in, take_over
+from loki_attention.methods import WatchingMethod
 
 
 @runtime_checkable
@@ -20,19 +23,18 @@ class Attachable(Protocol):
         """The model with the method attached, until the block ends."""
         ...
 
-    @property
-    def watches_prompt(self) -> bool:
-        """Whether the method must see the prompt's queries, so that it cannot continue a prompt computed without it."""
-        ...
-
 
 class DensePrompt:
-    """A prompt of one sequence, possibly empty, whose cache any number of methods continue from."""
+    """A prompt of one sequence, possibly empty, whose cache any number of methods continue from.
+
+    Methods that must see the prompt are shown it once for all that note the same of it.
+    """
 
     def __init__(self, model: Any, prompt: Int[Tensor, "1 s"]) -> None:
         self.model, self.length = model, prompt.shape[1]
         self._prompt = prompt.to(model.device)
         self.cache = self._computed()
+        self._noted: dict[tuple[tuple[int, str], ...], dict[int, Watched]] = {}
 
     def logits(self, rows: Int[Tensor, "1 t"], method: Attachable | None) -> tuple[Float[Tensor, "t v"], float, float]:
         """Logits of ``rows`` after the prompt, bytes read and bytes dense; the cache is left as it was.
@@ -44,7 +46,7 @@ class DensePrompt:
             if method is None:
                 return self.model(rows, past_key_values=self.cache).logits[0], 0.0, 0.0
             with method.attach(self.model) as attached, attached.continuation(self.length):
-                logits = self.model(rows, past_key_values=self._cache_for(method)).logits[0]
+                logits = self.model(rows, past_key_values=self._cache_for(attached)).logits[0]
             layers = attached.report().layers
             return logits, sum(x.bytes_read for x in layers), sum(x.bytes_dense for x in layers)
         finally:
@@ -63,7 +65,7 @@ class DensePrompt:
                 output = self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=self._cache_for(method),
+                    past_key_values=self._cache_for(attached),
                     **options,
                 )
             return output[0, ids.shape[1] :].cpu(), attached.report()
@@ -74,9 +76,16 @@ class DensePrompt:
         """Forget everything behind the prompt."""
         self.cache.crop(self.length - self.cache.get_seq_length())
 
-    def _cache_for(self, method: Attachable) -> Any:
-        """The shared cache; one of its own for a method that must see the prompt."""
-        return self._computed() if method.watches_prompt else self.cache
+    def _cache_for(self, attached: Attached) -> Any:
+        """The shared cache, with the notes of methods that must see the prompt."""
+        methods = {layer: x for layer, x in attached.methods.items() if isinstance(x, WatchingMethod)}
+        if methods and self.length:
+            kind = tuple((layer, method.noted_of_dense) for layer, method in methods.items())
+            if kind not in self._noted:
+                with attached.continuation(self.length):
+                    self._noted[kind] = notes_in(self._computed(), methods)
+            take_over(self.cache, self._noted[kind], methods)
+        return self.cache
 
     def _computed(self) -> Any:
         cache = new_cache(self.model)

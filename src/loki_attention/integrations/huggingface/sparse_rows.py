@@ -11,7 +11,7 @@ from torch import Tensor
 from loki_attention.cache import KeyEncoder, LayerCache, Watched
 from loki_attention.core.attention import Softmax
 from loki_attention.core.shapes import PackedKeys
-from loki_attention.core.tail import TailSums
+from loki_attention.core.tail import TailSums, covered_tokens
 from loki_attention.errors import ArgumentError
 from loki_attention.integrations.huggingface.masks import check_nested, own_slots
 from loki_attention.kernels import torch_backend
@@ -171,10 +171,17 @@ def view_of(tensors: Tensors, method: Method) -> LayerView:
     def leading() -> Tensor:
         return torch_backend.leading_dims(tensors.keys, method.encoder)
 
+    latest: list[tuple[Tensor, TailSums]] = []
+
     def sums(encoder: KeyEncoder | None, rows: Rows) -> TailSums:
         if store is not None and decoding:
             held = store.absorb(encoder, rows)
             return TailSums(held.tokens[:, None], *(tensor.unsqueeze(2) for tensor in held[1:]))
-        return torch_backend.sums_of_blocks(leading(), tensors.values, rows)
+        covered = covered_tokens(rows.tokens)
+        # Rows that come one by one mostly cover what the row before did.
+        if not latest or not torch.equal(latest[0][0], covered):
+            latest.clear()
+            latest.append((covered, torch_backend.sums_of_blocks(leading(), tensors.values, rows)))
+        return latest[0][1]
 
     return LayerView(tensors.keys, tensors.values, twins, sums, tensors.watched)

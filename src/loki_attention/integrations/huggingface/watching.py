@@ -1,14 +1,21 @@
 """Shows a method that watches every row those that it does not answer: of prompts, and where its budget covers all."""
 
+from collections.abc import Collection, Mapping
+
 import torch
+from transformers.cache_utils import Cache
 
 from loki_attention.cache import Watched
+from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
 from loki_attention.integrations.huggingface.forward import Forward
 from loki_attention.integrations.huggingface.masks import own_slots
 from loki_attention.integrations.huggingface.sparse_rows import SparseRows, Tensors, view_of
 from loki_attention.kernels.ops import rows_at_once
 from loki_attention.kernels.rows import Rows
 from loki_attention.methods import Step, WatchingMethod
+
+_ROWS_AT_ONCE = 64
+"""Dense rows that a method is shown together: so few that their scores stay in a processor's cache."""
 
 
 def follow(tensors: Tensors, method: WatchingMethod, forward: Forward, *, in_prompt: bool) -> Tensors:
@@ -33,12 +40,31 @@ def show_dense_rows(tensors: Tensors, method: WatchingMethod, rows: Rows, found:
     if isinstance(found, str) and tensors.store is None:
         return
     stop = rows.tokens.shape[1] if isinstance(found, str) else found.start
-    batch, heads, _, dim = tensors.query.shape
+    batch, heads, count, dim = tensors.query.shape
+    slots = tensors.keys.shape[2]
     own = own_slots(rows)
     layer = view_of(tensors, method)
-    at_once = rows_at_once(batch * heads, tensors.keys.shape[2], 0, dim)
+    at_once = min(_ROWS_AT_ONCE, rows_at_once(batch * heads, slots, 0, dim))
     for start in range(0, stop, at_once):
         part = slice(start, min(start + at_once, stop))
-        some = rows.chunk(part.start, part.stop)
+        # Rows see no slot after their own.
+        seen = slots - count + part.stop
+        some = Rows(rows.rank[:, :seen], rows.tokens[:, part])
         k = torch.where(own[:, part], some.tokens, 0)
-        method.watch(Step(tensors.query[:, :, part], layer, some, k, tensors.scale, None, tensors.softmax))
+        before = layer._replace(keys=layer.keys[:, :, :seen], values=layer.values[:, :, :seen])
+        method.watch(Step(tensors.query[:, :, part], before, some, k, tensors.scale, None, tensors.softmax))
+
+
+def notes_in(cache: Cache, layers: Collection[int]) -> dict[int, Watched]:
+    """What these layers' methods noted of the rows so far."""
+    stores = {layer: store_of(cache, layer) for layer in layers}
+    return {layer: store.watched for layer, store in stores.items() if store is not None}
+
+
+def take_over(cache: Cache, notes: Mapping[int, Watched], methods: Mapping[int, WatchingMethod]) -> None:
+    """Let the layers' methods go on from ``notes`` of the tokens in ``cache``, taken on another cache of the same tokens."""
+    own_layers(cache, notes)
+    for layer, watched in notes.items():
+        store = store_of(cache, layer)
+        assert store is not None
+        store.watched = watched.copy_for(methods[layer].owner)
