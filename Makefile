@@ -79,6 +79,7 @@ evidence: $(STAMP) ## the numbers of record: make evidence TEST_TEXT=wiki.test.r
 		{ echo 'give WikiText-2 in raw form: make $@ TEST_TEXT=wiki.test.raw TRAIN_TEXT=wiki.train.raw' >&2; exit 1; }
 	$(OFFLINE) OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/evidence.py --text '$(TEST_TEXT)' \
 		--calibration-text '$(TRAIN_TEXT)' $(if $(CODE),--code '$(CODE)') --only $(STUDIES)
+	$(BIN)/python benchmarks/tables.py
 
 bench: ## of these the tables by share of tokens: make bench TEST_TEXT=wiki.test.raw TRAIN_TEXT=wiki.train.raw (an hour; resumable)
 	$(MAKE) evidence STUDIES=wikitext2,retrieval

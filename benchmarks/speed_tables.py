@@ -5,7 +5,8 @@ from pathlib import Path
 
 from loki_attention.benchmarking.comparison import Compared, by_case, compared, named
 from loki_attention.benchmarking.generate import BREAK_EVEN, DEFAULT, VARIANTS
-from loki_attention.results import Environment, Result, SavedResults, Setting, load_results
+from loki_attention.results import Environment, Result, SavedResults, Setting
+from table_parts import saved
 
 ATTENTION, GENERATE = "cpu-attention.json", "cpu-generate.json"
 LESSER = ("cpu-attention-avx2.json", "cpu-attention-portable.json")
@@ -48,11 +49,6 @@ def short_tables(folder: Path) -> str | None:
     if generate is not None:
         parts += [generate_table(generate.results), made_by(generate.environment)]
     return "\n".join(parts) or None
-
-
-def saved(path: Path) -> SavedResults | None:
-    """A result file, None where it is not there yet."""
-    return load_results(path) if path.exists() else None
 
 
 def in_full(key: tuple[Setting, ...]) -> bool:

@@ -7,50 +7,75 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ablation_tables import ablation_parts, calibration_parts
+from evidence_tables import equal_bytes_parts
 from loki_attention.files import written_whole
-from loki_attention.results import Environment, Result, load_results
+from loki_attention.results import Result, load_results
 from speed_tables import short_tables, speed_document
+from table_parts import interval, made_by, paragraph
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- made by benchmarks/tables.py -->\n", "<!-- end -->\n"
 SPEED_BEGIN, SPEED_END = "<!-- speed, made by benchmarks/tables.py -->\n", "<!-- end of speed -->\n"
 SHORT = ("exact-topk, query-head", "exact-topk, kv-head", "loki", "loki, tail none", "paper-loki", "streaming")
+PICTURES = ROOT / "docs" / "pictures"
 INTRODUCTION = """# Results of the bundled model
 
-Made by the commands below and written here by `benchmarks/tables.py` from `benchmarks/results/*.json`. The bundled model
-is small (3.5M parameters, 4 layers, G = 2): these tables show that the method is implemented as described and what each
-part of it is worth, not what a large model loses. Attention is sparse in the continuation only (rule `continuation`), layer
-0 stays dense but for the paper's methods, `Budget(fraction, minimum=48, sinks=4, recent=16)`. Bytes count K/V {counted}.
+Made by the commands below and written here by `benchmarks/tables.py` from `benchmarks/results/*.json`. The bundled
+model is small (3.5M parameters, 4 layers, G = 2): these tables show that the method is implemented as described, what
+each part of it is worth, and how it stands to other methods on the same text. They do not show what a large model
+loses, nor how fast anything is ([speed](speed.md)): bytes are counted. Attention is sparse in the continuation only
+(rule `continuation`: a dense prompt, then rows that select as decode would), and layer 0 stays dense but for the
+paper's methods. What did not work stands in the [log](log.md).
+"""
+BY_SHARE = """## By share of the tokens: loss against dense attention
+
+`Budget(fraction, minimum=48, sinks=4, recent=16)`: here methods read as many tokens, not as many bytes. Bytes count
+K/V {counted}.
 """
 
 
 def main() -> None:
     """Read the result files and write both documents."""
-    perplexity, retrieval = (load_results(RESULTS / f"{name}.json") for name in ("wikitext2", "retrieval"))
-    losses = by_variant(perplexity.results)
-    parts = [
-        INTRODUCTION.format(counted=counted(perplexity.results)),
-        "## WikiText-2 test: loss against dense attention\n",
-        f"{windows(perplexity.results)} windows of 2048 tokens, the second half scored; "
-        f"dense perplexity {losses[next(iter(losses))]['perplexity_over_dense'].config['dense_perplexity']:.2f}. "
-        "Intervals: 95 %, bootstrap over windows.\n",
-        *(loss_table(losses, fraction) for fraction in ("1/8", "1/16", "1/32")),
-        made_by(perplexity.environment),
-        "## Retrieval: facts hidden in held-out prose\n",
-        f"{retrieval.results[0].n} questions a length, the three kinds of needle in turn, the same for every method; exact "
-        "match of the whole answer. In brackets: questions lost to / won over dense attention. Intervals: 95 %, Wilson.\n",
-        *(retrieval_table(retrieval.results, length) for length in (1024, 2048, 4096)),
-        made_by(retrieval.environment),
-    ]
-    write(ROOT / "docs" / "results.md", "\n".join(parts))
-    short = "\n".join([short_table(losses), made_by(perplexity.environment)])
+    write(ROOT / "docs" / "results.md", results_document(RESULTS, PICTURES))
+    perplexity = load_results(RESULTS / "wikitext2.json")
+    short = "\n".join([short_table(by_variant(perplexity.results)), made_by(perplexity.environment)])
     readme = between((ROOT / "README.md").read_text(encoding="utf-8"), BEGIN, END, short)
     speed, short_speed = speed_document(RESULTS), short_tables(RESULTS)
     if speed is not None and short_speed is not None:
         write(ROOT / "docs" / "speed.md", speed)
         readme = between(readme, SPEED_BEGIN, SPEED_END, short_speed)
     write(ROOT / "README.md", readme)
+
+
+def results_document(folder: Path, pictures: Path) -> str:
+    """All of docs/results.md; studies that are not in ``folder`` are left out, pictures drawn into ``pictures``."""
+    perplexity, retrieval = (load_results(folder / f"{name}.json") for name in ("wikitext2", "retrieval"))
+    losses = by_variant(perplexity.results)
+    dense = losses[next(iter(losses))]["perplexity_over_dense"].config["dense_perplexity"]
+    parts = [
+        INTRODUCTION,
+        *equal_bytes_parts(folder, pictures),
+        BY_SHARE.format(counted=counted(perplexity.results)),
+        paragraph(
+            f"WikiText-2 test: {windows(perplexity.results)} windows of 2048 tokens, the second half scored; dense "
+            f"perplexity {dense:.2f}. Intervals: 95 %, bootstrap over windows."
+        ),
+        *(loss_table(losses, fraction) for fraction in ("1/8", "1/16", "1/32")),
+        made_by(perplexity.environment),
+        "## By share of the tokens: facts hidden in held-out prose\n",
+        paragraph(
+            f"{retrieval.results[0].n} questions a length, the three kinds of needle in turn, the same for every method; "
+            "exact match of the whole answer. In brackets: questions lost to / won over dense attention. Intervals: 95 %, "
+            "Wilson."
+        ),
+        *(retrieval_table(retrieval.results, length) for length in (1024, 2048, 4096)),
+        made_by(retrieval.environment),
+        *ablation_parts(folder),
+        *calibration_parts(folder),
+    ]
+    return "\n".join(parts)
 
 
 def between(text: str, begin: str, end: str, content: str) -> str:
@@ -73,7 +98,7 @@ def counted(results: Sequence[Result]) -> str:
     return (
         "in 16 bits"
         if "rule" in results[0].config and "unit" in results[0].config
-        else "as the\nfloat32 that this model ran in"
+        else "as the float32 that this model ran in"
     )
 
 
@@ -141,23 +166,6 @@ def retrieval_cell(result: Result) -> str:
     """Accuracy, interval, questions lost and won."""
     lost, won = result.config["lost_to_dense"], result.config["won_over_dense"]
     return f"{result.value:.1%} {interval(result, 100, '.1f')} ({lost} / {won})"
-
-
-def interval(result: Result, scale: int, form: str) -> str:
-    """The interval in brackets."""
-    if result.interval is None:
-        return ""
-    low, high = result.interval
-    return f"[{scale * low:{form}}, {scale * high:{form}}]"
-
-
-def made_by(environment: Environment) -> str:
-    """Command, hardware, versions and commit in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    return (
-        f"`{environment.command}` · {environment.hardware} · {environment.dtype} · {versions} · commit "
-        f"{environment.commit} · {environment.date[:10]}\n"
-    )
 
 
 def write(path: Path, text: Any) -> None:

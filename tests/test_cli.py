@@ -121,6 +121,22 @@ def test_a_stopped_calibration_says_that_it_goes_on(model, tmp_path, monkeypatch
     assert str(tmp_path / "basis.partial") in result.stderr
 
 
+def test_calibrate_takes_lengths_in_thousands(model, tmp_path, monkeypatch):
+    asked: dict[str, object] = {}
+
+    def stop(*args, **keywords):
+        asked.update(keywords)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loki_attention.calibration.calibrate.calibrate", stop)
+    calibrate = ["calibrate", model, "--text", sample_texts()[0], "-o", tmp_path / "basis"]
+    names = ("length", "fit_tokens", "held_out_tokens")
+    run(*calibrate)
+    assert [asked[name] for name in names] == [None, 131072, 16384]
+    run(*calibrate, "--length", "2K", "--fit-tokens", "32k", "--held-out-tokens", "3000")
+    assert [asked[name] for name in names] == [2048, 32768, 3000]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -134,6 +150,8 @@ def test_a_stopped_calibration_says_that_it_goes_on(model, tmp_path, monkeypatch
         (["--candidate", "balance"], "did you mean 'balanced'"),
         (["--tail", "long"], "tail"),
         (["--length", "100000"], "length must be"),
+        (["--fit-tokens", "32M"], "'32M' is no whole number"),
+        (["--held-out-tokens", "0"], "'0' is no whole number above 0"),
         (["--dtype", "int3"], "unknown dtype 'int3'"),
         (["--device", "toaster"], "unknown device 'toaster'"),
         (["--dense-if-mass-below", "2"], "dense_if_mass_below"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ablation import CHANGES, Changed, capped_at, combined, kappa_times, per_head, tempered
-from evidence import STUDIES, every_planes, file_name, without
+from evidence import STUDIES, equal_bytes, every_planes, file_name, without
 from loki_attention.data import reference_model_path
 from loki_attention.evaluation.variant import Variant
 from loki_attention.integrations.huggingface.dense_prompt import DensePrompt
@@ -72,6 +72,13 @@ def test_each_heads_candidate_is_the_one_that_keeps_most() -> None:
     assert {layer: one.candidates for layer, one in picked.layers.items()} == dict.fromkeys(
         (1, 2), ("pca-post", "pca-pre")
     )
+
+
+def test_at_equal_bytes_loki_stands_with_and_without_its_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evidence.at_equal_bytes", lambda setting, names, tail: [*names, tail])
+    names: Any = equal_bytes(None)  # type: ignore[arg-type]
+    assert names[0] == "loki:tail=none" and names[-1] == ""
+    assert {"dense", "loki"}.isdisjoint(names) and {"random", "quest", "exact-topk"} <= set(names)
 
 
 def test_budgets_without_sinks_or_recent_and_file_names(tmp_path: Any) -> None:

@@ -75,6 +75,21 @@ def test_a_budget_in_bytes_holds_on_average_over_the_steps() -> None:
     assert 200 * made.budget.fraction > 6
 
 
+def test_a_linear_tail_that_takes_much_of_the_bytes_gives_way_to_a_mean() -> None:
+    assert tiny_basis().tail == "linear"
+    for text, tokens, tail in (
+        ("loki", 400, None),
+        ("loki", 100, "mean"),
+        ("loki:tail=linear", 100, "linear"),
+        ("loki:tail=none", 100, "none"),
+        ("streaming", 100, None),
+    ):
+        made = variant(text, "bytes=1/4", [DecodeStep(tokens, tokens)])
+        assert made is not None
+        assert made.tail == tail
+        assert step_bytes(tiny_model(), made, [DecodeStep(tokens, tokens)]).fraction <= 1 / 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,5 +1,7 @@
 """Measures of a selection against plain loops over the slots that the attached model traced."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from loki_attention.evaluation.kept_mass import kept_mass
 from loki_attention.evaluation.variant import Variant
 from loki_attention.integrations.huggingface.observe import Observation, observe
 from loki_attention.methods import METHOD_NAMES, method_class
+from loki_attention.methods.exact_topk import ExactTopK
 from models import BUDGET, random_ids, tiny_basis, tiny_model
 
 DENSE = Variant(name="dense", method="dense", budget=None)
@@ -110,6 +113,25 @@ def test_a_tail_lowers_the_output_error_and_leaves_the_set() -> None:
     for layer in plain:
         assert plain[layer]["jaccard"] == linear[layer]["jaccard"]
         assert plain[layer]["output_error"] != linear[layer]["output_error"]
+
+
+def test_methods_measured_together_are_measured_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods share exact top-k's slots only where K, sets and forced tokens are the same."""
+    variants = [
+        variant_of("loki"),
+        variant_of("streaming"),
+        replace(variant_of("streaming"), name="per query head", per="query-head"),
+        replace(variant_of("streaming"), name="fewer", budget=replace(BUDGET, tokens=20)),
+        replace(variant_of("streaming"), name="no sinks", budget=replace(BUDGET, sinks=0)),
+        variant_of("paper-loki"),
+    ]
+    alone = [layers_of(variant) for variant in variants]
+    chosen, original = [], ExactTopK.choose
+    monkeypatch.setattr(ExactTopK, "choose", lambda self, step: chosen.append(self) or original(self, step))
+    together = Fidelity(tiny_model(), [WINDOW]).measure(0, [DENSE, *variants])
+    assert [together[variant.name]["layers"] for variant in variants] == alone
+    # Two layers with five bounds, and layer 0, where the paper's method alone is sparse.
+    assert len(chosen) == 2 * 5 + 1
 
 
 def test_every_method_has_scores() -> None:

@@ -3,7 +3,7 @@
 Works on result rows alone, from one file or several; paired where two variants answered the same items.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from loki_attention.errors import ArgumentError
@@ -97,14 +97,34 @@ def better(metric: str, ours: float, theirs: float) -> bool:
     return ours < theirs if metric in LOWER_IS_BETTER else ours > theirs
 
 
+def best_of(variants: Mapping[str, Mapping[str, Result]], column: str) -> str | None:
+    """The variant with the best value of a column, the first of equals; None where no variant has that column."""
+    best: str | None = None
+    for name, found in variants.items():
+        if column not in found:
+            continue
+        if best is None or better(column, found[column].value, variants[best][column].value):
+            best = name
+    return best
+
+
+def behind(ours: Mapping[str, Result], best: Mapping[str, Result], column: str) -> Difference | None:
+    """How far a variant's results by column are from another's; None where they do not have the same items.
+
+    Perplexities are paired by their logarithms, which are means over the items.
+    """
+    by = _PAIRED_BY.get(column, column)
+    return difference(ours[by], best[by]) if by in ours and by in best else None
+
+
 def _table(task: str, variants: dict[str, dict[str, Result]]) -> Table:
     columns = tuple(dict.fromkeys(column for found in variants.values() for column in found))
     wanted = _FIRST.get(task, columns[-1])
     first = wanted if wanted in columns else columns[0]
     rows = [_row(found, first) for found in variants.values()]
-    best = _best_of(rows, first)
-    compared = [row._replace(behind=_behind(row, best.get(row.budget), first)) for row in rows]
     budgets = list(dict.fromkeys(row.budget for row in rows))
+    best = {budget: _best_row([row for row in rows if row.budget == budget], first) for budget in budgets}
+    compared = [row._replace(behind=_behind(row, best[row.budget], first)) for row in rows]
     ordered = sorted(compared, key=lambda row: (row.method != DENSE, budgets.index(row.budget)))
     return Table(task, columns, first, ordered, _note(rows, first))
 
@@ -121,23 +141,17 @@ def _row(found: dict[str, Result], first: str) -> Row:
     )
 
 
-def _best_of(rows: Sequence[Row], first: str) -> dict[str, Row]:
-    """The best variant of each budget among those that are no bound."""
-    best: dict[str, Row] = {}
-    for row in rows:
-        if row.method in (DENSE, BOUND) or first not in row.results:
-            continue
-        value, so_far = row.results[first].value, best.get(row.budget)
-        if so_far is None or better(first, value, so_far.results[first].value):
-            best[row.budget] = row
-    return best
+def _best_row(rows: Sequence[Row], first: str) -> Row | None:
+    """The best variant of a budget among those that are no bound."""
+    found = {row.variant: row for row in rows if row.method not in (DENSE, BOUND)}
+    best = best_of({name: row.results for name, row in found.items()}, first)
+    return None if best is None else found[best]
 
 
 def _behind(row: Row, best: Row | None, first: str) -> Difference | None:
-    by = _PAIRED_BY.get(first, first)
-    if best is None or row.variant == best.variant or not (by in row.results and by in best.results):
+    if best is None or row.variant == best.variant:
         return None
-    return difference(row.results[by], best.results[by])
+    return behind(row.results, best.results, first)
 
 
 def _note(rows: Sequence[Row], first: str) -> str | None:

@@ -12,6 +12,8 @@ from loki_attention.analysis.figures import COLORS, new_figure, plain_axes, writ
 from loki_attention.results import Result
 
 _MARKERS = "os^Dv*Xp<>"
+# The second round of colours differs from the first.
+_LINES = ("-", "-.")
 _LOGARITHMIC = ("kl_from_dense",)
 _PANELS_A_ROW = 4
 
@@ -72,7 +74,7 @@ def _line(axes: Any, name: str, rows: Sequence[Row], number: int, metric: str) -
         yerr=np.abs(bounds.T - values),
         label=f"{name} (the bound)" if is_bound else name,
         color="black" if is_bound else COLORS[number % len(COLORS)],
-        linestyle="--" if is_bound else "-",
+        linestyle="--" if is_bound else _LINES[number // len(COLORS) % len(_LINES)],
         marker=_MARKERS[number % len(_MARKERS)],
         capsize=2,
     )

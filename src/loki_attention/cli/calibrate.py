@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loki_attention.cli.lists import length as tokens
 from loki_attention.cli.output import AsJson, Device, Dtype, Model, describe, examples, print_json
 from loki_attention.errors import ArgumentError, CorpusError, LokiWarning
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 CALIBRATE_EXAMPLES = examples(
     "loki calibrate path/to/model --text book.txt -o my-basis",
     "loki calibrate Qwen/Qwen3-0.6B --text texts/ more.jsonl -o my-basis",
-    "loki calibrate path/to/model --text *.txt --length 4096 --budget 512 -o b",
+    "loki calibrate path/to/model --text *.txt --length 4K --budget 512 -o b",
     "torchrun --nproc-per-node 8 --no-python loki calibrate MODEL --text t -o b",
 )
 
@@ -27,7 +28,9 @@ Text = Annotated[list[Path], typer.Option("--text", help="Files (.txt, .md, .jso
 MoreText = Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="More of --text: --text *.txt works.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The basis folder to write.")]
 Field = Annotated[str, typer.Option(help="The field of a .jsonl line that holds its text.")]
-Length = Annotated[int | None, typer.Option(help="Tokens a window.", show_default="the model's maximum, at most 8192")]
+Length = Annotated[
+    str | None, typer.Option(help="Tokens a window, such as 4K.", show_default="the model's maximum, at most 8K")
+]
 PlanesOption = Annotated[
     str | None, typer.Option(help="Layout of the low-rank keys, such as 16@4+32@2.", show_default="by the head dim")
 ]
@@ -37,8 +40,8 @@ Sinks = Annotated[int, typer.Option(help="First tokens that are always attended.
 Recent = Annotated[int, typer.Option(help="Last tokens that are always attended.")]
 Candidate = Annotated[str | None, typer.Option(help="Force pca-pre, pca-post or balanced instead of comparing.")]
 Tail = Annotated[str | None, typer.Option(help="Force none, mean or linear instead of comparing.")]
-FitTokens = Annotated[int, typer.Option(help="Tokens to collect moments from.")]
-HeldOutTokens = Annotated[int, typer.Option(help="Tokens to compare on.")]
+FitTokens = Annotated[str, typer.Option(help="Tokens to collect moments from.")]
+HeldOutTokens = Annotated[str, typer.Option(help="Tokens to compare on.")]
 Seed = Annotated[int, typer.Option(help="Spreads the windows over the text.")]
 DenseBelow = Annotated[
     float, typer.Option(help="Leave a layer dense that keeps less than this share of exact top-k's attention mass.")
@@ -60,8 +63,8 @@ def calibrate_command(
     recent: Recent = 32,
     candidate: Candidate = None,
     tail: Tail = None,
-    fit_tokens: FitTokens = 131072,
-    held_out_tokens: HeldOutTokens = 16384,
+    fit_tokens: FitTokens = "128K",
+    held_out_tokens: HeldOutTokens = "16K",
     seed: Seed = 0,
     dense_if_mass_below: DenseBelow = 0.5,
     dtype: Dtype = "auto",
@@ -76,6 +79,8 @@ def calibrate_command(
     """
     texts = [*text, *(more_text or [])]
     _check_paths(texts, output, overwrite)
+    window = None if length is None else tokens(length)
+    fit, held_out = tokens(fit_tokens), tokens(held_out_tokens)
     from loki_attention import Budget, Planes, calibrate
     from loki_attention.calibration.ranks import launched_ranks
     from loki_attention.integrations.huggingface.loading import load_model, load_tokenizer
@@ -88,13 +93,13 @@ def calibrate_command(
             load_model(model, dtype=dtype, device=_own_device(device, ranks)),
             load_tokenizer(model),
             texts,
-            length=length,
+            length=window,
             planes=chosen_planes,
             budget=chosen_budget,
             candidate=candidate,
             tail=tail,
-            fit_tokens=fit_tokens,
-            held_out_tokens=held_out_tokens,
+            fit_tokens=fit,
+            held_out_tokens=held_out,
             field=field,
             seed=seed,
             dense_if_mass_below=dense_if_mass_below,

@@ -18,10 +18,10 @@ from loki_attention.core.candidates import CANDIDATES
 from loki_attention.core.planes import Planes
 from loki_attention.core.spec import HeadLayout, full_attention_layers
 from loki_attention.errors import ArgumentError, unknown_name
-from loki_attention.evaluation.reading import DecodeStep, budget_within, ranking_share
+from loki_attention.evaluation.reading import DecodeStep, budget_within, ranking_share, sums_share
 from loki_attention.evaluation.variant import DENSE, Variant
 from loki_attention.integrations.huggingface.families import text_config
-from loki_attention.methods import METHOD_NAMES, method_class
+from loki_attention.methods import METHOD_NAMES, Method, method_class
 
 BYTES = "bytes="
 SETTINGS = ("planes", "tail", "per", "candidate", "dense", "minimum", "sinks", "recent")
@@ -117,21 +117,30 @@ def variant_of(
 def _within(model: Any, variant: Variant, share: float, steps: Sequence[DecodeStep]) -> Variant | None:
     """The variant at the largest budget that reads at most ``share``, with planes that take at most half of it.
 
-    Planes that the variant names stay; else the method's largest that small are taken, or its smallest.
+    Planes that the variant names stay; else the method's largest that small are taken, or its smallest. So does a tail
+    that it names; else a linear one whose sums take more than an eighth of ``share`` gives way to a mean.
     """
     layout, kind = HeadLayout.of(text_config(model)), method_class(variant.method)
     assert kind is not None
     sizes = kind.planes_by_size(layout.head_dim) if variant.planes is None else (None,)
     for planes in sizes:
         tried = variant if planes is None else replace(variant, planes=str(planes))
-        with tried.attach(model) as attached:
-            methods = attached.methods
+        methods = _methods_of(model, tried)
         if ranking_share(methods, layout) > share / 2 and planes is not sizes[-1]:
             continue
+        linear = tried.tail is None and any(method.tail == "linear" for method in methods.values())
+        if linear and sums_share(methods, layout, steps) > share / 8:
+            tried = replace(tried, tail="mean")
+            methods = _methods_of(model, tried)
         found = budget_within(methods, layout, share, steps)
         if found is not None:
             return replace(tried, budget=found)
     return None
+
+
+def _methods_of(model: Any, variant: Variant) -> Mapping[int, Method]:
+    with variant.attach(model) as attached:
+        return attached.methods
 
 
 def _variant(model: Any, basis: KeyBasis | None, spec: MethodSpec, *, name: str, label: str) -> Variant:

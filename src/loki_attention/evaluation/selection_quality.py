@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loki_attention.core.shapes import Queries
+from loki_attention.core.shapes import Indices, Queries
 from loki_attention.integrations.huggingface.observe import Observation
 from loki_attention.integrations.huggingface.sparse_rows import Tensors, view_of
 from loki_attention.kernels import torch_backend
 from loki_attention.kernels.ops import rows_at_once
 from loki_attention.kernels.rows import Rows
-from loki_attention.methods import Answer, Method, Step
+from loki_attention.methods import Method, Step
 from loki_attention.methods.exact_topk import ExactTopK
 
 MEASURES = ("kept_mass", "relative_mass", "set_recall", "jaccard", "output_error")
@@ -44,11 +44,11 @@ def measure_layer(seen: Observation, methods: Mapping[str, Method], first: int) 
         stop = min(start + at_once, slots)
         rows = Rows.of(every, torch.arange(start + 1, stop + 1, device=every.device)[None])
         query = seen.query[:, :, start:stop]
-        dense = _dense(seen, query, rows)
+        dense, bounds = _dense(seen, query, rows), _Bounds(seen, query, rows)
         for name, method in placed.items():
             sparse = method.budgets(rows) < rows.tokens
             counts[name] += int(sparse.sum())
-            for measure, each in _measures(seen, query, rows, method, dense).items():
+            for measure, each in _measures(seen, query, rows, method, dense, bounds).items():
                 kept = each.masked_fill(~sparse[:, None], 0.0).sum((0, 2)).double().cpu()
                 totals[name][measure] = totals[name].get(measure, 0.0) + kept
     return {
@@ -68,23 +68,39 @@ def _dense(seen: Observation, query: Queries, rows: Rows) -> _Dense:
     return _Dense(share, (weights @ seen.values[:, :, None].to(weights.dtype)).flatten(1, 2))
 
 
+class _Bounds:
+    """Exact top-k's slots of some rows at a method's own K, sets and forced tokens; found once for methods that share them."""
+
+    def __init__(self, seen: Observation, query: Queries, rows: Rows) -> None:
+        self._seen, self._query, self._rows = seen, query, rows
+        self._found: dict[tuple[object, ...], Indices] = {}
+
+    def of(self, method: Method) -> Indices:
+        """The slots that exact top-k takes in the method's place."""
+        # The paper's method forces no tokens.
+        forced = getattr(method, "forced", torch_backend.Forced(method.budget.sinks, method.budget.recent))
+        k = method.budgets(self._rows)
+        key = (forced, method.per, *k.flatten().tolist())
+        if key not in self._found:
+            budget = replace(method.budget, sinks=forced.sinks, recent=forced.recent)
+            exact = ExactTopK(budget=budget, head_dim=method.head_dim, per=method.per)
+            self._found[key] = exact.choose(_step(self._seen, self._query, self._rows, exact, k)).indices
+        return self._found[key]
+
+
 def _measures(
-    seen: Observation, query: Queries, rows: Rows, method: Method, dense: _Dense
+    seen: Observation, query: Queries, rows: Rows, method: Method, dense: _Dense, bounds: _Bounds
 ) -> dict[str, Float[Tensor, "b kv t"]]:
     """Every measure of every row and KV head, means over what a KV head serves."""
-    answer = _attend(seen, query, rows, method)
+    answer = method.attend(_step(seen, query, rows, method, method.budgets(rows)))
     kv_heads = seen.keys.shape[1]
     error = (answer.output - dense.output).norm(dim=-1) / dense.output.norm(dim=-1)
     found = {"output_error": _by_kv_head(error, kv_heads)}
     if answer.indices is None:
         return found
-    # The bound has the method's own forced tokens: the paper's method forces none.
-    forced = getattr(method, "forced", torch_backend.Forced(method.budget.sinks, method.budget.recent))
-    budget = replace(method.budget, sinks=forced.sinks, recent=forced.recent)
-    exact = ExactTopK(budget=budget, head_dim=method.head_dim, per=method.per)
-    bound = _attend(seen, query, rows, exact, k=method.budgets(rows)).indices
-    assert bound is not None
-    ours, theirs = (~torch_backend.unselected(indices, rows.rank.shape[1]) for indices in (answer.indices, bound))
+    ours, theirs = (
+        ~torch_backend.unselected(indices, rows.rank.shape[1]) for indices in (answer.indices, bounds.of(method))
+    )
     both = (ours & theirs).sum(-1)
     kept, most = (_mass(dense.share, chosen) for chosen in (ours, theirs))
     sets = {
@@ -96,13 +112,11 @@ def _measures(
     return {name: _by_kv_head(each, kv_heads) for name, each in sets.items()} | found
 
 
-def _attend(
-    seen: Observation, query: Queries, rows: Rows, method: Method, k: Int[Tensor, "b t"] | None = None
-) -> Answer:
+def _step(seen: Observation, query: Queries, rows: Rows, method: Method, k: Int[Tensor, "b t"]) -> Step:
+    """The rows as the method attends them."""
     tensors = Tensors(seen.query, seen.keys, seen.values, None, seen.scale, None, seen.softmax)
     encoded = method.encode(query, seen.scale)
-    budgets = method.budgets(rows) if k is None else k
-    return method.attend(Step(query, view_of(tensors, method), rows, budgets, seen.scale, encoded, seen.softmax))
+    return Step(query, view_of(tensors, method), rows, k, seen.scale, encoded, seen.softmax)
 
 
 def _mass(share: Float[Tensor, "b kv g t s"], chosen: Bool[Tensor, "b sets t s"]) -> Float[Tensor, "b sets t"]:
