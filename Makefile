@@ -94,7 +94,7 @@ bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine 
 
 # The Python at hand and nothing set up: a machine with a GPU may see no package index. PYTHON names another.
 GPU_TESTS := tests/kernels/test_triton.py tests/kernels/test_triton_dense.py tests/kernels/test_triton_operators.py \
-	tests/kernels/test_triton_gpu.py tests/integrations/test_triton_backend.py
+	tests/kernels/test_triton_gpu.py tests/integrations/test_triton_backend.py tests/integrations/test_static_gpu.py
 
 test-gpu: ## the GPU kernels' tests on the GPU at hand: the matrix, graphs, 100 equal runs, compute-sanitizer
 	$(PYTHON) benchmarks/gpu_ready.py tests

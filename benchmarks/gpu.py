@@ -72,22 +72,23 @@ def _generate(device: object, folder: Path, deadline: float) -> None:
     from loki_attention.benchmarking.generate import (
         DEFAULT,
         LOKI,
+        LOKI_STATIC,
         OUR_CACHE,
-        SMALL_MODEL,
         STATIC,
         Generation,
-        ModelShape,
         Suite,
     )
+    from loki_attention.benchmarking.random_model import SMALL_MODEL, ModelShape
     from loki_attention.core.budget import Budget
 
     shape = ModelShape(layers=32, head_dim=128, hidden=4096, intermediate=14336, vocabulary=128256)
     results: list[Any] = []
     if str(device) == "cpu":
         suites = [Suite(shape=SMALL_MODEL, lengths=(200,), new_tokens=2, rounds=1, budget=Budget(tokens=64), batch=batch,
-                        variants=(DEFAULT, STATIC, OUR_CACHE), device="cpu") for batch in (1, 2)]  # fmt: skip
+                        variants=(DEFAULT, STATIC, OUR_CACHE, LOKI_STATIC), device="cpu", backend="triton")
+                  for batch in (1, 2)]  # fmt: skip
     else:
-        every, largest = (DEFAULT, STATIC, OUR_CACHE, LOKI), (DEFAULT, STATIC, LOKI)
+        every, largest = (DEFAULT, STATIC, OUR_CACHE, LOKI, LOKI_STATIC), (DEFAULT, STATIC, LOKI_STATIC)
         suites = [Suite(shape=shape, lengths=lengths, variants=variants, rounds=3, batch=batch, device="cuda")
                   for batch, lengths, variants in ((1, (8192, 32768, 65536), every), (8, (8192, 32768), largest))]  # fmt: skip
     for suite in suites:

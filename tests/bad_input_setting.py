@@ -92,6 +92,8 @@ def namespace() -> dict[str, Any]:
     offloaded.offloading = True  # Made as a user would, it asks CUDA for a stream.
     both_ways = torch.ones(1, 1, 10, 10, dtype=torch.bool)
     both_ways[..., 8:, :2] = False
+    padded_right = torch.ones(1, 10, dtype=torch.long)
+    padded_right[:, 8:] = 0
     return {
         "model": model,
         "tokenizer": AutoTokenizer.from_pretrained("my-model"),
@@ -117,6 +119,7 @@ def namespace() -> dict[str, Any]:
         "sliding_cache": DynamicCache(config=AutoConfig.for_model("mistral", **GROUPED, sliding_window=64)),
         "cache_of_another_model": cache,
         "both_ways": both_ways,
+        "padded_right": padded_right,
         **{kind.__name__: kind for kind in (Budget, KeyBasis, Path, Planes, StaticCache, attach, calibrate)},
         "torch": torch,
     }

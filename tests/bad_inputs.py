@@ -121,8 +121,16 @@ with attach(model, basis): model(ids)
   ModelError: an attached model has no gradients; call it under torch.inference_mode() (generate does), or detach to train
 with attach(model, basis): model.generate(ids, output_attentions=True, max_new_tokens=2)
   ModelError: output_attentions=True needs every attention weight; set it to False, or detach to get them
-with attach(model, basis): model.generate(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64), max_new_tokens=2)
-  ModelError: StaticCache cannot carry low-rank keys; pass a plain DynamicCache, or none
+with attach(model, basis, backend="torch"): model.generate(ids, cache_implementation="static", max_new_tokens=2)
+  ModelError: decode steps over a static cache run on the native or Triton kernels, and this attachment runs on torch (asked for); pass a DynamicCache, or leave cache_implementation out
+with attach(model, basis, monitor_every=4): model.generate(ids, cache_implementation="static", max_new_tokens=2)
+  ModelError: decode steps over a static cache tell the host nothing, so that graphs can hold them, and monitor_every has nothing to go by; pass a DynamicCache, or leave cache_implementation out
+with attach(model, basis) as attached, attached.trace(): model.generate(ids, cache_implementation="static", max_new_tokens=2)
+  ModelError: decode steps over a static cache tell the host nothing, so that graphs can hold them, and trace() has nothing to go by; pass a DynamicCache, or leave cache_implementation out
+with attach(model, method="dense"), torch.inference_mode(): model(ids, attention_mask=padded_right, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+  ModelError: this attention mask hides tokens behind a sequence's first one (padding on the right, holes between turns), and decode steps over a static cache attend all of them; pad on the left, or pass a DynamicCache, or leave cache_implementation out
+with attach(model, basis): model.generate(ids, cache_implementation="offloaded_static", max_new_tokens=2)
+  ModelError: an offloaded StaticCache cannot carry low-rank keys; pass a plain StaticCache or DynamicCache
 with attach(model, basis): model.generate(ids, past_key_values=offloaded_cache, max_new_tokens=2)
   ModelError: an offloaded DynamicCache cannot carry low-rank keys; pass a plain DynamicCache, or none
 with attach(model, basis): model.generate(ids, past_key_values=quantized_cache, max_new_tokens=2)
@@ -235,7 +243,8 @@ configuration has `output_attentions=True`."""
 UNSUPPORTED_NAMES = """Each model is of the type that its name says, `sliding` is a Mistral with a sliding window in every layer.
 `loki info MODEL` says the same before weights are downloaded."""
 RUNNING_NAMES = """`ids` is one sequence of ten tokens. `sliding_cache` was made for a model with a sliding window,
-`cache_of_another_model` filled by a model with one key head; `both_ways` is a mask that is not causal."""
+`cache_of_another_model` filled by a model with one key head; `both_ways` is a mask that is not causal,
+`padded_right` one that hides the last two tokens."""
 BASES_NAMES = """The folders' names say what happened to them; `fine_tuned` has the architecture of `model` and other
 weights."""
 CALIBRATING_NAMES = "`tokenizer` is the model's own. `pictures` is a folder without text."

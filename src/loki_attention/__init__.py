@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from loki_attention.core.basis import KeyBasis
     from loki_attention.core.budget import Budget
     from loki_attention.core.planes import Planes
-    from loki_attention.integrations.huggingface import Attached, attach
+    from loki_attention.integrations.huggingface.attach import attach
+    from loki_attention.integrations.huggingface.attached import Attached
 
 __version__ = "0.1.0"
 __all__ = ["Attached", "Budget", "KeyBasis", "LokiError", "LokiWarning", "Planes", "attach", "calibrate"]

@@ -174,7 +174,7 @@ class LayerCache:
         """Bring the tail's sums to the blocks that ``rows`` (one a sequence) cover, reading only what changed."""
         assert self.keys is not None and self.values is not None
         if self.tail is None or _digest(self.tail.encoder) != _digest(encoder) or not rows.continues(self.tail.rank):
-            self.tail = Tail(encoder, _no_sums(self.keys, encoder), rows.rank, torch.zeros_like(rows.tokens[:, 0]))
+            self.tail = Tail(encoder, no_sums(self.keys, encoder), rows.rank, torch.zeros_like(rows.tokens[:, 0]))
         self.tail.rank = rows.rank
         if not rows.covers(self.tail.covered):
             self._cover(rows.covered)
@@ -223,13 +223,22 @@ class LayerCache:
             return
         span = slice(int(touched[0]), int(touched[-1]) + 1)
         keys, values, change = self._keys[:, :, span], self._values[:, :, span], change[:, span]
-        if isinstance(self.tail.encoder, NativeEncoder):
-            native.absorb(self.tail.encoder, keys, values, change.to(torch.int8), self.tail.sums)
-            return
-        encoder = self.tail.encoder
-        source = encoder.source if isinstance(encoder, TritonEncoder) else encoder
-        added = _signed_sums(keys, values, source, change)
-        self.tail.sums = TailSums(*(old + new for old, new in zip(self.tail.sums, added, strict=True)))
+        self.tail.sums = changed_sums(self.tail.encoder, keys, values, change, self.tail.sums)
+
+
+def changed_sums(
+    encoder: KeyEncoder | None, keys: Keys, values: Values, sign: Int[Tensor, "b n"], sums: TailSums
+) -> TailSums:
+    """The sums with tokens of sign 1 added and those of sign -1 taken away; slots of sign 0 are not read.
+
+    The native kernels write ``sums`` themselves.
+    """
+    if isinstance(encoder, NativeEncoder):
+        native.absorb(encoder, keys, values, sign.to(torch.int8), sums)
+        return sums
+    source = encoder.source if isinstance(encoder, TritonEncoder) else encoder
+    added = _signed_sums(keys, values, source, sign)
+    return TailSums(*(old + new for old, new in zip(sums, added, strict=True)))
 
 
 def _digest(encoder: KeyEncoder | None) -> str | None:
@@ -247,7 +256,8 @@ def _signed_sums(keys: Keys, values: Values, encoder: Encoder | None, sign: Int[
     return TailSums(sign.sum(-1, keepdim=True).to(wide.dtype), weighted.sum(2), encoded_weighted.sum(2), products)
 
 
-def _no_sums(keys: Keys, encoder: KeyEncoder | None) -> TailSums:
+def no_sums(keys: Keys, encoder: KeyEncoder | None) -> TailSums:
+    """Sums over no tokens, for a layer of these keys."""
     batch, heads, _, dim = keys.shape
     rank = 0 if encoder is None else encoder.tail_rank
     dtype = torch.promote_types(keys.dtype, torch.float32)

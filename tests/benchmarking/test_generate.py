@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from loki_attention.benchmarking import generate, timing
-from loki_attention.benchmarking.generate import SMALL_MODEL, STATIC, VARIANTS, Generation, Suite
+from loki_attention.benchmarking import timing
+from loki_attention.benchmarking.generate import LOKI_STATIC, STATIC, VARIANTS, Generation, Suite
+from loki_attention.benchmarking.random_model import SMALL_MODEL, ModelShape, random_model
 from loki_attention.errors import LokiError
 from loki_attention.kernels import native
+from static_caches import compiling
 
 if not native.available():
     pytest.skip("the native extension is not built", allow_module_level=True)
@@ -34,16 +36,17 @@ def test_every_variant_is_timed():
 def test_decoding_leaves_the_cache_as_long_as_it_was():
     generation = Generation(SUITE)
     ids = generation._ids(301)
-    caches = [(name, generation._filled(300, name)) for name in (*VARIANTS, STATIC)]
+    caches = [(name, generation._filled(300, name)) for name in (*VARIANTS, STATIC, LOKI_STATIC)]
     for name, cache in caches:
         with torch.inference_mode(), generation._attached(name):
             generation._generate(ids, cache, 2)
         assert cache.get_seq_length() == 300
 
 
-def test_a_static_cache_is_decoded_by_a_compiled_step():
-    """As on a GPU, but with a compiler that takes no time; batch 2."""
-    generation = Generation(replace(SUITE, variants=(STATIC,), batch=2))
+@pytest.mark.parametrize("variant", [STATIC, LOKI_STATIC])
+def test_a_static_cache_is_decoded_by_a_compiled_step(variant, monkeypatch):
+    """As on a GPU, but with a compiler that takes no time; batch 2. An attachment's is compiled once for all rounds."""
+    generation = Generation(replace(SUITE, variants=(variant,), batch=2))
     graphs = []
 
     def backend(graph, inputs):
@@ -53,9 +56,11 @@ def test_a_static_cache_is_decoded_by_a_compiled_step():
     settings = CompileConfig(backend=backend, mode="default")
     settings._compile_all_devices = True
     generation._model.generation_config.compile_config = settings
-    (row,) = generation.measure(300).results
-    assert (row.config["variant"], row.config["backend"], row.config["batch"]) == (STATIC, None, 2)
-    assert graphs and row.value > 0
+    with compiling(monkeypatch):
+        (row,) = generation.measure(300).results
+    backend = "native" if variant == LOKI_STATIC else None
+    assert (row.config["variant"], row.config["backend"], row.config["batch"]) == (variant, backend, 2)
+    assert len(graphs) == 1 and row.value > 0
 
 
 def test_caches_are_counted_before_they_are_made():
@@ -76,9 +81,9 @@ def test_wrong_logits_are_not_timed(monkeypatch):
 
 
 def test_the_model_has_the_shape_asked_for():
-    model = generate.random_model(replace(SMALL_MODEL, layers=3), torch.bfloat16)
+    model = random_model(replace(SMALL_MODEL, layers=3), torch.bfloat16)
     assert len(model.model.layers) == 3
     assert model.dtype == torch.bfloat16
     assert torch.get_default_dtype() == torch.float32
-    full = generate.ModelShape().config
+    full = ModelShape().config
     assert (full["num_hidden_layers"], full["hidden_size"], full["intermediate_size"]) == (16, 2048, 8192)

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from loki_attention.benchmarking import gpu_attention
 from loki_attention.benchmarking.gpu_attention import GpuSuite, cases_of_record, measure
@@ -32,6 +36,54 @@ def test_a_case_is_checked_and_has_its_stages() -> None:
     assert 0 < loki.config["kept_mass"] <= 1 and loki.config["error"] < 0.01
     assert loki.read_bytes is not None and loki.config["byte_ideal"] == CASE.kv_bytes / loki.read_bytes
     assert {one.name for one in found.left_out} >= {"flashinfer"}
+
+
+class PagedDecode:
+    """FlashInfer's batch decode as its documentation has it, in plain torch; it records how it was made and planned."""
+
+    made: ClassVar[list["PagedDecode"]] = []
+
+    def __init__(self, space: Tensor, kv_layout: str, *, use_tensor_cores: bool) -> None:
+        assert kv_layout == "HND" and space.dtype == torch.uint8
+        self.use_tensor_cores, self.plans = use_tensor_cores, 0
+        self.made.append(self)
+
+    def plan(
+        self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int, num_kv_heads: int,
+        head_dim: int, page_size: int, *, q_data_type: torch.dtype, kv_data_type: torch.dtype, sm_scale: float,
+    ) -> None:  # fmt: skip
+        assert all(table.dtype == torch.int32 for table in (indptr, indices, last_page_len))
+        self.pages, self.lengths, self.scale = indices[indptr[:-1]], last_page_len, sm_scale
+        self.shape, self.plans = (num_qo_heads, num_kv_heads, head_dim, page_size), self.plans + 1
+
+    def run(self, query: Tensor, paged: tuple[Tensor, Tensor]) -> Tensor:
+        heads, kv_heads, dim, page = self.shape
+        keys, values = (pages[self.pages.long()] for pages in paged)
+        assert query.shape[1:] == (heads, dim) and keys.shape[1:] == (kv_heads, page, dim)
+        assert (self.lengths == page).all()
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(query[:, :, None], keys, values, scale=self.scale, enable_gqa=True)[:, :, 0]
+
+
+def test_flashinfer_decodes_batches_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned once for all copies; what it cannot do is left out with its reason."""
+    module = ModuleType("flashinfer")
+    module.__spec__ = ModuleSpec("flashinfer", None)
+    module.BatchDecodeWithPagedKVCacheWrapper = PagedDecode  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setattr(PagedDecode, "made", [])
+    case = Case(heads=Heads(4, 2, 64), batch=3, tokens=128)
+    copies = gpu_attention.draw_copies(case, CPU, rotated_bytes=1)
+    made, _ = gpu_attention._dense(case, copies, flex=False)
+    by_name = {one.name: one for one in made}
+    for name in ("flashinfer", "flashinfer, tensor cores"):
+        assert by_name[name].error is not None and by_name[name].error < 0.01
+        for call, layer in zip(by_name[name].calls, copies, strict=True):
+            assert call().shape == layer.query.shape
+    assert [(one.use_tensor_cores, one.plans) for one in PagedDecode.made] == [(False, 1), (True, 1)]
+    monkeypatch.setattr(PagedDecode, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("no such head dim")))
+    _, left_out = gpu_attention._dense(case, copies, flex=False)
+    assert {one.name: one.reason for one in left_out}["flashinfer"] == "no such head dim"
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

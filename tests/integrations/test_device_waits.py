@@ -1,12 +1,10 @@
 """How often a decode step waits for its device: operations that hand a tensor's content to Python, counted on the CPU."""
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from loki_attention import attach
@@ -17,27 +15,12 @@ from loki_attention.integrations.huggingface.sparse_rows import Tensors
 from loki_attention.kernels import native
 from loki_attention.kernels.triton import availability
 from models import basis_of, random_ids, tiny_model
+from waits import Waits
 
-WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero"}
 MISSING = {
     "native": None if native.available() else "the native extension is not built",
     "triton": None if availability.interpreted() and availability.problem() is None else "needs Triton's interpreter",
 }
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would wait for a GPU; indexing by booleans is among it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::").split(".")[0]
-        by_booleans = name == "index" and any(one is not None and one.dtype == torch.bool for one in args[1])
-        if name in WAITING or by_booleans:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def waits_of_a_step(layers: int, backend: str, tail: str, padding: int) -> Counter[str]:
@@ -72,7 +55,7 @@ def test_layers_on_another_device_have_rows_of_their_own() -> None:
         query, keys = (torch.zeros(1, 2, count, 16, device=device) for count in (1, 40))
         return Tensors(query, keys, keys, None, 1.0, None, Softmax())
 
-    forward = Forward(None, 0)
+    forward = Forward(None, None, 0)
     first: Tensor = forward.rows(tensors("cpu")).rank
     assert forward.rows(tensors("cpu")).rank is first
     assert forward.rows(tensors("meta")).rank.device.type == "meta"

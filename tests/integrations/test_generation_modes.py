@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 from cache_checks import check_twins_and_sums
 from loki_attention import Budget, LokiError, LokiWarning, attach
 from models import BUDGET, random_ids, tiny_basis, tiny_model
+from static_caches import compiling
 
 SPARSE_LAYERS = {1, 2}
 
@@ -164,16 +165,12 @@ def test_caches_that_cannot_carry_twins_are_refused() -> None:
         offloaded = DynamicCache(config=model.config)
         # A CUDA build without a driver cannot even make one.
         offloaded.offloading = True
-        static = StaticCache(config=model.config, max_cache_len=32)
-        for cache in (QuantizedCache.__new__(QuantizedCache), offloaded, static):
+        for cache in (QuantizedCache.__new__(QuantizedCache), offloaded):
             with pytest.raises(LokiError, match="cannot carry low-rank keys; pass a plain DynamicCache"):
                 model(random_ids(1, 10), past_key_values=cache)
         mixed = DynamicCache(config=tiny_model("gemma3_text").config)
         with pytest.raises(LokiError, match="layer 0 has full attention, the cache keeps it as DynamicSlidingWindow"):
             model(random_ids(1, 10), past_key_values=mixed)
-        with pytest.raises(LokiError, match="StaticCache cannot carry"):
-            settings = GenerationConfig(max_new_tokens=2, cache_implementation="static")
-            model.generate(random_ids(1, 10), generation_config=settings)
 
 
 def test_layers_that_are_not_ours_are_left_alone_and_reported() -> None:
@@ -188,17 +185,16 @@ def test_layers_that_are_not_ours_are_left_alone_and_reported() -> None:
 
 
 @torch.inference_mode()
-def test_a_compiled_model_computes_the_same() -> None:
+def test_a_compiled_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs end where attention and the cache begin; ``eager`` runs dynamo without a code generator."""
     model, ids = tiny_model(dtype=torch.float32), random_ids(1, 182)
     parts = (ids[:, :-2], ids[:, -2:-1], ids[:, -1:])
-    with attach(model, tiny_basis()) as handle, handle.trace() as trace:
+    with compiling(monkeypatch), attach(model, tiny_basis()) as handle, handle.trace() as trace:
         plain = DynamicCache(config=model.config)
         expected = [model(part, past_key_values=plain).logits for part in parts]
         compiled, cache = torch.compile(model, backend="eager"), DynamicCache(config=model.config)
         ours = [compiled(part, past_key_values=cache).logits for part in parts]
         assert handle.report().layers[1].sparse_steps == 4
-    torch._dynamo.reset()
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
     assert all(torch.equal(trace[2][layer], trace[5][layer]) for layer in SPARSE_LAYERS)

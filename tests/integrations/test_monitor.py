@@ -22,7 +22,7 @@ def decode(model: PreTrainedModel, ids: Tensor, prompt: int) -> DynamicCache:
 
 
 def checks_of(handle: Attached) -> list:
-    return handle._monitor._checks  # type: ignore[union-attr]
+    return handle._host.monitor._checks  # type: ignore[union-attr]
 
 
 def test_every_nth_step_is_checked_on_one_layer_in_turn() -> None:

@@ -69,12 +69,14 @@ def test_a_compiled_decode_step_with_reduced_overhead() -> None:
     tensors = [getattr(ready.encoder.source, name) for name in ENCODER_TENSORS]
     packed, sums = ready.packed.clone(), [one.clone() for one in ready.sums]
     assert operators.decode_newest is not None
+    launch.reserve_for(ready.encoder, *ready.layer[:3])
 
     def step(query: torch.Tensor) -> torch.Tensor:
-        return torch.ops.loki_attention.decode_newest(
+        output, kept = torch.ops.loki_attention.decode_newest(
             tensors, CASE.planes, query * 1.0, *ready.layer[1:3], packed, *ready.visible, ready.k, CASE.shape.scale, 2, 8,
             "linear", *sums,
         )  # fmt: skip
+        return output + 0.0 * kept.nan_to_num()[..., None].to(output.dtype)
 
     compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
     expected = step(ready.layer.query)

@@ -1,7 +1,8 @@
-"""The newest token's step as an operator: what opcheck wants, graphs that compile, the launcher's own results."""
+"""The Triton kernels as operators: the launcher's own results, opcheck and graphs on a GPU, memory set aside for graphs."""
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -9,10 +10,14 @@ from helpers import Shape
 from kernel_cases import FRACTION, Case
 from loki_attention.kernels.native_operators import ENCODER_TENSORS
 from loki_attention.kernels.rows import Spans
-from loki_attention.kernels.triton import operators
+from loki_attention.kernels.triton import launch, operators
+from loki_attention.kernels.triton import workspace as spaces
 from triton_cases import DEVICE, Prepared, prepared
 
 CASE = Case("16@4", Shape(1, 1, 64), (200,), "linear", FRACTION)
+on_a_gpu = pytest.mark.skipif(
+    DEVICE.type != "cuda", reason="needs a GPU: elsewhere the operator is the native kernels'"
+)
 
 
 def arguments(ready: Prepared) -> tuple[Any, ...]:
@@ -25,21 +30,55 @@ def arguments(ready: Prepared) -> tuple[Any, ...]:
     return tensors, CASE.planes, *ready.layer[:3], ready.packed.clone(), *ready.visible, ready.k, *forced, *sums
 
 
+def test_the_newest_tokens_step_is_the_launchers() -> None:
+    """Called as a function: without a GPU the dispatcher has the native kernels for its tensors."""
+    ready = prepared(CASE)
+    flat = arguments(ready)
+    output, kept = operators.decode_newest(*flat)
+    expected = ready.step(newest=True)
+    torch.testing.assert_close(output.cpu(), expected.output, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept.cpu(), expected.kept, rtol=1e-4, atol=1e-5)
+    without = list(flat)
+    without[12] = "none"
+    assert operators.decode_newest(*without)[1].shape == (*output.shape[:2], 0)
+
+
+@on_a_gpu
 def test_opcheck_of_the_newest_tokens_step() -> None:
     torch.library.opcheck(torch.ops.loki_attention.decode_newest.default, arguments(prepared(CASE)))
 
 
+@on_a_gpu
 def test_a_compiled_step_is_one_graph_and_equals_the_launcher() -> None:
     ready = prepared(CASE)
 
     def step(query: Tensor, *rest: Any) -> Tensor:
         tensors, planes, _, *others = rest
-        return torch.ops.loki_attention.decode_newest(tensors, planes, query * 1.0, *others) + 0.0
+        return torch.ops.loki_attention.decode_newest(tensors, planes, query * 1.0, *others)[0] + 0.0
 
-    backend = "aot_eager" if DEVICE.type == "cpu" else "inductor"
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    compiled = torch.compile(step, fullgraph=True)
     found = compiled(ready.layer.query, *arguments(ready))
     torch.testing.assert_close(found.cpu(), ready.step(newest=True).output, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_of_graphs_work_in_memory_that_was_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stream they run on, they allocate none; memory that grew leaves what a captured graph knows alone."""
+    monkeypatch.setattr(spaces, "_held", {})
+    monkeypatch.setattr(spaces, "_reserved", {})
+    ready = prepared(CASE)
+    query, keys, values = ready.layer[:3]
+    launch.reserve_for(ready.encoder, query, keys, values)
+    (first,) = spaces._reserved[keys.device]
+    operators.decode_newest(*arguments(ready))
+    operators.dense_decode(*ready.layer[:3], *ready.visible, None, None, CASE.shape.scale)
+    assert not spaces._held
+    launch.reserve_for(ready.encoder, query, keys, values)
+    assert spaces._reserved[keys.device] == [first]
+    longer = [torch.cat([tensor] * 40, 2) for tensor in (keys, values)]
+    launch.reserve_for(ready.encoder, query, *longer)
+    assert spaces._reserved[keys.device][0] is first and len(spaces._reserved[keys.device]) == 2
+    ready.step()
+    assert len(spaces._held) == 1, "eager steps have memory of their own"
 
 
 def test_the_operators_on_cuda_tensors_are_the_launchers() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from loki_attention.benchmarking.flashinfer_decode import FlashInferDecode
 from loki_attention.benchmarking.gpu_layers import ROTATED_BYTES, GpuLayer, GpuTwins, draw_copies, encoder_of, twins_of
 from loki_attention.benchmarking.layers import Case, Heads
 from loki_attention.benchmarking.providers import LeftOut
@@ -118,10 +119,9 @@ def _dense(case: Case, copies: Sequence[GpuLayer], *, flex: bool) -> tuple[list[
         attempts["flex attention"] = partial(_flex, case)
     if importlib.util.find_spec("flashinfer") is None:
         left_out.append(LeftOut("flashinfer", "not installed"))
-    elif case.batch > 1:
-        left_out.append(LeftOut("flashinfer", "its decode of one sequence alone is timed"))
     else:
-        attempts["flashinfer"] = _flashinfer
+        attempts["flashinfer"] = FlashInferDecode(case, tensor_cores=False)
+        attempts["flashinfer, tensor cores"] = FlashInferDecode(case, tensor_cores=True)
     spaces = [_space(case, layer) for layer in copies[:1]]
     attempts[OUR_DENSE] = lambda layer: launch.dense_decode(
         *layer[:3], layer.visible, case.scale, workspace=spaces[0], out=torch.empty_like(layer.query)
@@ -151,11 +151,6 @@ def _flex(case: Case, layer: GpuLayer) -> Tensor:
 
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return compiled(*layer[:3], scale=case.scale, enable_gqa=case.heads.group > 1)
-
-
-def _flashinfer(layer: GpuLayer) -> Tensor:
-    decode: Any = importlib.import_module("flashinfer").single_decode_with_kv_cache
-    return decode(layer.query[0, :, 0], layer.keys[0], layer.values[0], kv_layout="HND")[None, :, None]
 
 
 class _Sparse:

@@ -167,10 +167,11 @@ def generate_command(
     """
     from loki_attention.analysis.figures import Curve, write_curves_figure
     from loki_attention.benchmarking import generate
+    from loki_attention.benchmarking.random_model import SMALL_MODEL
     from loki_attention.core.budget import Budget
 
     given = {"lengths": listed(lengths, length), "rounds": rounds}
-    small = {"shape": generate.SMALL_MODEL, "lengths": [1024], "rounds": 2}
+    small = {"shape": SMALL_MODEL, "lengths": [1024], "rounds": 2}
     chosen = {name: value for name, value in given.items() if value is not None}
     settings: dict[str, Any] = {**(small if quick else {}), **chosen}
     suite = generate.Suite(budget=Budget.parse(tokens), new_tokens=new_tokens, **settings)

@@ -26,7 +26,7 @@ ENCODER_TENSORS = ("mean", "query_map", "key_map", "deviations", "steps", "kappa
 @torch.library.custom_op("loki_attention::encode_keys", mutates_args=("packed",), device_types="cpu")
 def encode_keys(encoder: Sequence[Tensor], planes: str, keys: Tensor, packed: Tensor, start: int, stop: int) -> None:
     """Write the low-rank keys of slots ``start`` to ``stop`` - 1 into ``packed`` (:func:`native.encode_keys`)."""
-    native.encode_keys(_prepared(encoder, planes), keys, packed, start, stop)
+    native.encode_keys(prepared_encoder(encoder, planes), keys, packed, start, stop)
 
 
 @encode_keys.register_fake
@@ -51,7 +51,7 @@ def absorb(
 ) -> None:
     """Add tokens to the tail's sums or take them away, in place (:func:`native.absorb`); no encoder: an empty list."""
     sums = TailSums(sum_tokens, sum_values, sum_encoded, sum_products)
-    native.absorb(_prepared(encoder, planes) if encoder else None, keys, values, sign, sums)
+    native.absorb(prepared_encoder(encoder, planes) if encoder else None, keys, values, sign, sums)
 
 
 @absorb.register_fake
@@ -86,7 +86,7 @@ def select(
     query = EncodedQuery(codes, step, deviation, offset, step.new_empty(*step.shape, 0))
     visible = visible_slots(start, stop, rank, tokens)
     indices, mass = native.select(
-        _prepared(encoder, planes), query, packed, visible, k, slots=slots, sinks=sinks, recent=recent, soft_cap=soft_cap
+        prepared_encoder(encoder, planes), query, packed, visible, k, slots=slots, sinks=sinks, recent=recent, soft_cap=soft_cap
     )  # fmt: skip
     return _widened(indices, width), mass
 
@@ -187,7 +187,7 @@ def decode_step(
     """
     held, visible = tail_sums(sums), visible_slots(start, stop, rank, tokens)
     found = native.decode_step(
-        _prepared(encoder, planes), query, keys, values, packed, visible, k, scale, sinks=sinks, recent=recent, tail=tail,
+        prepared_encoder(encoder, planes), query, keys, values, packed, visible, k, scale, sinks=sinks, recent=recent, tail=tail,
         sums=held, soft_cap=soft_cap, learned_sinks=learned_sinks, wants_indices=width > 0, wants_kept=True,
     )  # fmt: skip
     assert found.kept is not None
@@ -231,7 +231,7 @@ class _Prepared(NamedTuple):
 _prepared_by_key_map = WeakTensorKeyDictionary()
 
 
-def _prepared(tensors: Sequence[Tensor], planes: str) -> native.NativeEncoder:
+def prepared_encoder(tensors: Sequence[Tensor], planes: str) -> native.NativeEncoder:
     """The encoder of these tensors, made once for as long as they live and are not written to."""
     if len(tensors) != len(ENCODER_TENSORS) or tensors[0].dim() != 2:
         got = [tuple(tensor.shape) for tensor in tensors]

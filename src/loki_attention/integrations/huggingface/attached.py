@@ -1,46 +1,30 @@
-"""The handle of an attached model: hooks in, row rules, traces, report, hooks out."""
+"""The handle of an attached model: hooks in, which kind of forward runs, row rules, traces, report, hooks out."""
 
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from loki_attention.core.spec import layer_kinds
 from loki_attention.errors import ArgumentError, LokiWarning, ModelError
-from loki_attention.integrations.huggingface.cache_layer import own_layers, store_of
+from loki_attention.integrations.huggingface.cache_layer import own_layers
 from loki_attention.integrations.huggingface.families import attention_modules, decoder_of, text_config
-from loki_attention.integrations.huggingface.forward import Forward, dense_step
+from loki_attention.integrations.huggingface.forward import Forward
 from loki_attention.integrations.huggingface.generate_watch import GenerateWatch
-from loki_attention.integrations.huggingface.interception import (
-    WEIGHTS_WANTED,
-    Redirection,
-    original_attention,
-    softmax_of,
-)
-from loki_attention.integrations.huggingface.monitor import Monitor
-from loki_attention.integrations.huggingface.parallel import local_heads
-from loki_attention.integrations.huggingface.report import LayerReport, Memory, Report, Tally
+from loki_attention.integrations.huggingface.host_attention import HostAttention, Trace
+from loki_attention.integrations.huggingface.interception import WEIGHTS_WANTED, Redirection, original_name
+from loki_attention.integrations.huggingface.report import LayerReport, Memory, Report
 from loki_attention.integrations.huggingface.settings import LayerPlan, Settings
-from loki_attention.integrations.huggingface.sparse_rows import (
-    RowRule,
-    SparseRows,
-    Tensors,
-    attend_sparse_rows,
-)
-from loki_attention.integrations.huggingface.watching import follow, show_dense_rows
+from loki_attention.integrations.huggingface.sparse_rows import RowRule
+from loki_attention.integrations.huggingface.static_prompt import StaticPrompt, check_served
+from loki_attention.integrations.huggingface.static_step import StaticForward, StaticSteps
 from loki_attention.methods import Method, WatchingMethod
-
-_LENGTH_MARGIN = 1.5
-Trace = list[dict[int, Tensor]]
-_CACHE: ContextVar[Cache | None] = ContextVar("loki_attention_cache", default=None)
 
 
 class Attached:
@@ -52,22 +36,19 @@ class Attached:
     def __init__(self, model: PreTrainedModel, plans: Mapping[int, LayerPlan], settings: Settings) -> None:
         self._model, self._plans, self._settings = model, dict(plans), settings
         self._rule: RowRule | None = None
-        self._trace: Trace | None = None
-        self._warned_of_length = False
-        self._tallies = {layer: Tally() for layer in plans}
-        self._memory, self._peak_bytes = Memory(), 0
-        sparse = sorted(layer for layer, plan in plans.items() if plan.method is not None)
-        self._monitor = Monitor(settings.monitor, sparse) if settings.monitor is not None and sparse else None
-        self._forward = Forward(None, 0)
-        self._methods: dict[tuple[int, torch.device, torch.dtype], Method] = {}
-        outside = torch.compiler.disable
-        self._redirection: Redirection | None = Redirection(model, attention_modules(model), self._attention)
+        self._memory, self._memory_is_static, self._peak_bytes = Memory(), False, 0
+        self._static: StaticSteps | None = None
+        self._host = HostAttention(plans, settings, original_name(model))
+        self._redirection: Redirection | None = Redirection(model, attention_modules(model), self._host)
+        self._generate = GenerateWatch(model, lambda cache, tokens: own_layers(cache, self._running, tokens))
+        # Graphs end where the host decides something.
+        outside: Any = torch.compiler.disable
+        self._begin, self._end = outside(self._begin_on_host), outside(self._end_on_host)
         decoder = decoder_of(model)
         self._hooks = [
-            decoder.register_forward_pre_hook(outside(self._before_forward), with_kwargs=True),
-            decoder.register_forward_hook(outside(self._after_forward), always_call=True),
+            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            decoder.register_forward_hook(self._after_forward, always_call=True),
         ]
-        self._generate = GenerateWatch(model, lambda cache, tokens: own_layers(cache, self._running, tokens))
 
     def __enter__(self) -> "Attached":
         return self
@@ -131,11 +112,11 @@ class Attached:
 
         Entries are cache slots, ascending, -1 padded; a dense row is all -1, a dense layer absent.
         """
-        before, self._trace = self._trace, []
+        before, self._host.trace = self._host.trace, []
         try:
-            yield self._trace
+            yield self._host.trace
         finally:
-            self._trace = before
+            self._host.trace = before
 
     @property
     def methods(self) -> dict[int, Method]:
@@ -143,10 +124,14 @@ class Attached:
         return {layer: plan.method for layer, plan in sorted(self._plans.items()) if plan.method is not None}
 
     def report(self) -> Report:
-        """What the attached model did so far."""
+        """What the attached model did so far.
+
+        Raises ``ModelError`` where the mask of a decode step over a static cache showed other tokens than it attended.
+        """
         settings, kinds = self._settings, layer_kinds(text_config(self._model))
+        self._count_static_steps()
         layers = tuple(
-            LayerReport.of(i, self._tallies[i], sparse=plan.method is not None, reason=plan.reason)
+            LayerReport.of(i, self._host.tallies[i], sparse=plan.method is not None, reason=plan.reason)
             for i, plan in sorted(self._plans.items())
         )
         return Report(
@@ -159,7 +144,7 @@ class Attached:
             backend=settings.backend,
             layers=layers,
             other_layers={i: kind for i, kind in enumerate(kinds) if i not in self._plans},
-            monitor=self._monitor.report() if self._monitor is not None else None,
+            monitor=self._host.monitor.report() if self._host.monitor is not None else None,
             memory=self._memory,
             peak_bytes=self._peak_bytes,
         )
@@ -179,6 +164,20 @@ class Attached:
             self._rule = before
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache, static = kwargs.get("past_key_values"), self._static
+        if static is not None and self._runs_in_graphs(static, cache, args, kwargs):
+            self._host.step = StaticForward(cache, static)
+            return None
+        return self._begin(args, kwargs)
+
+    def _runs_in_graphs(self, static: StaticSteps, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this is a decode step that leaves no decision to the host."""
+        wishes = self._host.trace is not None or kwargs.get("output_attentions") or self._generate.in_prompt
+        if wishes or torch.is_grad_enabled() or not isinstance(cache, StaticCache):
+            return False
+        return _new_tokens(args, kwargs) == 1 and static.serve(cache)
+
+    def _begin_on_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         config = text_config(self._model)
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if kwargs.get("output_attentions"):
@@ -192,103 +191,63 @@ class Attached:
         if cache is not None:
             own_layers(cache, self._running)
             kwargs["past_key_values"] = cache
-        _CACHE.set(cache)
-        self._forward = Forward(self._rule, self._settings.dense_below)
-        if self._trace is not None:
-            self._trace.append({})
+        if isinstance(cache, StaticCache):
+            self._host.forward = self._static_prompt(cache, _new_tokens(args, kwargs))
+        else:
+            in_prompt = self._generate.in_prompt
+            self._host.forward = Forward(cache, self._rule, self._settings.dense_below, in_prompt=in_prompt)
+        if self._host.trace is not None:
+            self._host.trace.append({})
         return args, kwargs
 
+    def _static_prompt(self, cache: StaticCache, rows: int) -> StaticPrompt:
+        monitored, traced = self._host.monitor is not None, self._host.trace is not None
+        check_served(self._plans, self._settings, monitored=monitored, traced=traced, ruled=self._rule is not None)
+        if self._static is None:
+            self._static = StaticSteps(self._plans, self._settings, original_name(self._model))
+        self._count_static_steps()
+        return StaticPrompt(cache, self._static, rows, decodes=rows == 1 and not self._generate.in_prompt)
+
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        stores = (store_of(_CACHE.get(), layer) for layer in self._plans)
-        self._memory = Memory.of(store for store in stores if store is not None)
+        step, self._host.step = self._host.step, None
+        if step is None:
+            self._end(output)
+        elif output is not None:
+            step.finish()
+
+    def _end_on_host(self, output: Any) -> None:
+        forward, self._host.forward = self._host.forward, None
+        if forward is None or output is None:
+            return
+        self._memory, self._memory_is_static = forward.memory(self._plans), isinstance(forward, StaticPrompt)
         self._peak_bytes = max(self._peak_bytes, self._memory.total)
-        _CACHE.set(None)
-        missed = sorted(set(self._running) - self._forward.called)
-        if output is not None and missed:
+        missed = sorted(set(self._running) - forward.called)
+        if missed:
             raise ModelError(
                 f"attention of layers {missed} did not go through the attached method; detach and report it"
             )
+        if isinstance(forward, StaticPrompt):
+            forward.finish()
 
-    def _attention(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        layer: int = module.layer_idx
-        self._forward.called.add(layer)
-        store = store_of(_CACHE.get(), layer)
-        self._warn_if_too_long(key.shape[2])
-        tensors = Tensors(query, key, value, attention_mask, float(kwargs["scaling"]), store, softmax_of(kwargs))
-        method = self._method(module, query, key)
-        if isinstance(method, WatchingMethod):
-            tensors = follow(tensors, method, self._forward, in_prompt=self._generate.in_prompt)
-        found = self._sparse_rows(layer, tensors, method)
-        if isinstance(method, WatchingMethod):
-            show_dense_rows(tensors, method, self._forward.rows(tensors), found)
-
-        def dense() -> Tensor:
-            if self._settings.backend.name != "torch" and query.shape[2] == 1:
-                return dense_step(tensors, self._forward.rows(tensors), self._settings.backend.name)
-            assert self._redirection is not None
-            original = original_attention(module, self._redirection.original)
-            return original(module, query, key, value, attention_mask, **kwargs)[0]
-
-        if method is None or isinstance(found, str):
-            self._tallies[layer].dense_steps[str(found)] += 1
-            return dense(), None
-        checked = self._monitor is not None and query.shape[2] == 1 and self._monitor.is_due(layer)
-        answer = attend_sparse_rows(tensors, method, found, wants_indices=checked or self._trace is not None)
-        self._tallies[layer].add_step(method, tensors, found, answer)
-        self._note(layer, found, answer.indices, query.shape[2])
-        if self._monitor is not None and checked:
-            self._monitor.check(layer, tensors, found, answer, dense().transpose(1, 2))
-        sparse = answer.output.transpose(1, 2)
-        if found.start == 0 and found.all_active:
-            return sparse, None
-        output = dense()
-        chosen = torch.where(found.active[..., None, None], sparse, output[:, found.start :])
-        return torch.cat([output[:, : found.start], chosen], dim=1), None
-
-    def _sparse_rows(self, layer: int, tensors: Tensors, method: Method | None) -> SparseRows | str:
-        """The forward's sparse rows at a layer, or the reason why it is dense."""
-        if method is None:
-            return self._plans[layer].reason
-        if self._monitor is not None and self._monitor.gone_dense(layer):
-            return "kept too little mass"
-        if self._generate.in_prompt or (tensors.query.shape[2] > 1 and self._rule is None):
-            return "prefill"
-        return self._forward.sparse_rows(tensors, method)
-
-    def _method(self, module: Any, query: Tensor, keys: Tensor) -> Method | None:
-        """The layer's method with its encoder on the query's device, for the heads that this process sees."""
-        method = self._plans[module.layer_idx].method
-        if method is None or method.encoder is None:
-            return method
-        key = (module.layer_idx, query.device, query.dtype)
-        if key not in self._methods:
-            heads = local_heads(module, len(method.encoder.mean), seen=keys.shape[1])
-            self._methods[key] = method.on(query.device, query.dtype, heads, backend=self._settings.backend.name)
-        return self._methods[key]
-
-    def _note(self, layer: int, found: SparseRows, indices: Tensor | None, rows: int) -> None:
-        if self._trace is None or indices is None:
+    def _count_static_steps(self) -> None:
+        """Take what steps over static caches counted on the device, and how full that of the last prompt is."""
+        if self._static is None:
             return
-        shown = torch.full((*indices.shape[:2], rows, indices.shape[3]), -1, device=indices.device)
-        shown[:, :, found.start :] = torch.where(found.active[:, None, :, None], indices, -1)
-        self._trace[-1][layer] = shown
-
-    def _warn_if_too_long(self, tokens: int) -> None:
-        calibrated = self._settings.calibrated_length
-        if calibrated is None or self._warned_of_length or tokens <= _LENGTH_MARGIN * calibrated:
-            return
-        self._warned_of_length = True
-        warnings.warn(
-            f"the context has {tokens} tokens, the basis was calibrated on windows of {calibrated}; beyond "
-            f"{_LENGTH_MARGIN}x a basis loses accuracy: calibrate at the length you serve",
-            LokiWarning,
-            stacklevel=2,
-        )
+        if self._memory_is_static:
+            self._memory = self._memory._replace(used=self._static.used)
+        self._static.tell(self._host.tallies)
 
     def _warn_if_idle(self) -> None:
-        tallies = [self._tallies[layer] for layer, plan in self._plans.items() if plan.method is not None]
+        self._count_static_steps()
+        tallies = [self._host.tallies[layer] for layer, plan in self._plans.items() if plan.method is not None]
         reasons = sorted({reason for tally in tallies for reason in tally.dense_steps})
         if reasons and not any(tally.sparse_steps for tally in tallies):
             warnings.warn(f"every step stayed dense: {'; '.join(reasons)}", LokiWarning, stacklevel=3)
+
+
+def _new_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many tokens a sequence a forward of the decoder is given."""
+    given = kwargs.get("inputs_embeds")
+    if given is None:
+        given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+    return int(given.shape[1])

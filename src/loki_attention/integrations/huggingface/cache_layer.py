@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from loki_attention.cache import LayerCache
 from loki_attention.errors import ModelError
+from loki_attention.integrations.huggingface.static_layer import own_static_layers
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -88,8 +89,12 @@ class PreallocatedLayer(DynamicLayer):
 def own_layers(cache: Cache, wanted: Collection[int], capacity: int = 0) -> None:
     """Make the ``wanted`` layers of ``cache`` ours, in place; ``capacity`` tokens are reserved. Others stay theirs.
 
-    Only a ``DynamicCache`` that keeps its layers on the device can carry twins; others raise ``ModelError``.
+    Only a ``DynamicCache`` or ``StaticCache`` that keeps its layers on the device can carry low-rank keys; others raise
+    ``ModelError``.
     """
+    if isinstance(cache, StaticCache):
+        own_static_layers(cache, wanted)
+        return
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         kind = f"an offloaded {type(cache).__name__}" if isinstance(cache, DynamicCache) else type(cache).__name__
         raise ModelError(f"{kind} cannot carry low-rank keys; pass a plain DynamicCache, or none")

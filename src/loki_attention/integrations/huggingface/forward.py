@@ -1,12 +1,16 @@
 """What a forward's layers share while it runs, and dense decode on the backend's kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
+from loki_attention.cache import LayerCache
 from loki_attention.core.budget import Budget
+from loki_attention.integrations.huggingface.cache_layer import store_of
 from loki_attention.integrations.huggingface.masks import own_slots, rows_of
+from loki_attention.integrations.huggingface.report import Memory
 from loki_attention.integrations.huggingface.sparse_rows import (
     RowRule,
     SparseRows,
@@ -20,14 +24,33 @@ from loki_attention.methods import Method
 
 
 class Forward:
-    """What the layers of one forward have in common, worked out for the first of them that asks."""
+    """What the layers of one forward have in common, worked out for the first of them that asks.
 
-    def __init__(self, rule: RowRule | None, dense_below: int) -> None:
+    ``in_prompt``: every row is of a prompt; its last chunk may be one row and yet no decode row.
+    """
+
+    def __init__(self, cache: Cache | None, rule: RowRule | None, dense_below: int, *, in_prompt: bool = False) -> None:
         self.called: set[int] = set()
+        self.in_prompt = in_prompt
+        self._cache = cache
         self._rule, self._dense_below = rule, dense_below
         self._seen: tuple[Tensor | None, torch.Size, int, torch.device] | None = None
         self._rows: Rows | None = None
         self._found: dict[Budget, SparseRows | str] = {}
+
+    @property
+    def ruled(self) -> bool:
+        """Whether rows of a forward of many may be sparse."""
+        return self._rule is not None
+
+    def store(self, layer: int) -> LayerCache | None:
+        """A layer's store in the forward's cache, None where it has none."""
+        return store_of(self._cache, layer)
+
+    def memory(self, layers: Iterable[int]) -> Memory:
+        """What these layers of the forward's cache hold."""
+        stores = (self.store(layer) for layer in layers)
+        return Memory.of(store for store in stores if store is not None)
 
     def rows(self, tensors: Tensors) -> Rows:
         """What each query row of a layer sees."""

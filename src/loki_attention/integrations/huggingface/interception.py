@@ -1,8 +1,8 @@
 """How attention of a transformers model is redirected, and given back. Knows no method.
 
 transformers looks attention up by name. One function per original implementation is registered under a name of ours,
-once; which model is ours is known by its attention modules, so that a model that merely shares a configuration is
-answered by its original implementation.
+once; which model is ours is known by its attention modules, each of which holds its handler, so that a model that merely
+shares a configuration is answered by its original implementation.
 """
 
 import sys
@@ -22,6 +22,7 @@ from loki_attention.integrations.huggingface.families import family_of
 
 WEIGHTS_WANTED = "output_attentions=True needs every attention weight; set it to False, or detach to get them"
 _PREFIX = "loki_"
+_HANDLER = "_loki_attention"
 
 
 @runtime_checkable
@@ -33,16 +34,19 @@ class Attention(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-_HANDLERS: "weakref.WeakKeyDictionary[nn.Module, Attention]" = weakref.WeakKeyDictionary()
+_REDIRECTED: "weakref.WeakSet[Redirection]" = weakref.WeakSet()
 
 
 class Redirection:
-    """Sends the attention of chosen modules of one model to ``handler`` until :meth:`undo`."""
+    """Sends the attention of chosen modules of one model to ``handler`` until :meth:`undo`.
+
+    Compiled models run their graphs up to it and go on after, unless it has a ``step``: an attention for graphs to hold.
+    """
 
     def __init__(self, model: PreTrainedModel, modules: Mapping[int, nn.Module], handler: Attention) -> None:
-        if any(module in _HANDLERS for module in modules.values()):
+        if any(hasattr(module, _HANDLER) for module in modules.values()):
             raise ModelError("something is attached to this model already; detach it first")
-        original, usable = model.config._attn_implementation.removeprefix(_PREFIX), family_of(model).implementations
+        original, usable = original_name(model), family_of(model).implementations
         if original not in usable:
             raise ModelError(
                 f"this model uses attn_implementation={original!r}; load it with one of {', '.join(usable)}"
@@ -54,15 +58,24 @@ class Redirection:
         self._model, self._modules = model, modules
         self.original = original
         for module in modules.values():
-            _HANDLERS[module] = handler
+            setattr(module, _HANDLER, handler)
+        _REDIRECTED.add(self)
         model.set_attn_implementation(_register(original))
 
     def undo(self) -> None:
         """Give the modules back; the configuration too, unless another redirected model shares it."""
         for module in self._modules.values():
-            _HANDLERS.pop(module, None)
-        if not any(getattr(module, "config", None) is self._model.config for module in _HANDLERS):
+            if hasattr(module, _HANDLER):
+                delattr(module, _HANDLER)
+        _REDIRECTED.discard(self)
+        if not any(other._model.config is self._model.config for other in _REDIRECTED):
             self._model.set_attn_implementation(self.original)
+
+
+def original_name(model: PreTrainedModel) -> str:
+    """The attention implementation that a model was loaded with, attached or not."""
+    name: str = model.config._attn_implementation
+    return name.removeprefix(_PREFIX)
 
 
 def original_attention(module: nn.Module, original: str) -> Attention:
@@ -79,12 +92,19 @@ def softmax_of(arguments: Mapping[str, Any]) -> Softmax:
 def _register(original: str) -> str:
     name = _PREFIX + original
     if name not in ALL_ATTENTION_FUNCTIONS:
-        # A compiled model runs its graphs up to here and goes on after: which handler is asked may change between calls.
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
+
         def redirected(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-            handler = _HANDLERS.get(module) or original_attention(module, original)
-            return handler(module, *args, **kwargs)
+            handler = getattr(module, _HANDLER, None)
+            attend = original_attention(module, original) if handler is None else getattr(handler, "step", None)
+            return _outside_graphs(module, *args, **kwargs) if attend is None else attend(module, *args, **kwargs)
 
         AttentionInterface.register(name, redirected)
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
     return name
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_graphs(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The handler's attention, which a graph ends before."""
+    found: tuple[Tensor, Tensor | None] = getattr(module, _HANDLER)(module, *args, **kwargs)
+    return found

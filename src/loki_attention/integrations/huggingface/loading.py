@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from loki_attention.errors import ArgumentError, ModelError, unknown_name
+from loki_attention.integrations.huggingface.static_layer import TwinnedStaticLayer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
@@ -85,7 +86,11 @@ def shorten(cache: DynamicCache | StaticCache, tokens: int) -> None:
     """Keep the first ``tokens`` tokens of a cache; of a static one only where every layer has full attention."""
     if isinstance(cache, StaticCache):
         for layer in cache.layers:
-            layer.cumulative_length.fill_(tokens)
+            # Low-rank keys and sums follow where the layer is ours; transformers' own has no crop.
+            if isinstance(layer, TwinnedStaticLayer):
+                layer.crop(min(0, tokens - int(layer.cumulative_length)))
+            else:
+                layer.cumulative_length.fill_(tokens)
     else:
         cache.crop(tokens - cache.get_seq_length())
 

@@ -15,7 +15,7 @@ def rows_of(mask: Tensor | None, batch: int, rows: int, slots: int, device: torc
     """
     if mask is None:
         return Rows.of_whole_prompts(batch, slots, rows, device)
-    seen = _seen(mask, slots).expand(batch, -1, -1)
+    seen = seen_by(mask, slots).expand(batch, -1, -1)
     return Rows.of(seen[:, -1], seen.sum(-1)[:, -rows:])
 
 
@@ -26,7 +26,7 @@ def check_nested(mask: Tensor | None, rows: Rows, active: Tensor) -> None:
     """
     if mask is None:
         return
-    seen = _seen(mask, rows.rank.shape[1])
+    seen = seen_by(mask, rows.rank.shape[1])
     if bool(((seen != rows.visible) & active[..., None]).any()):
         raise ModelError(
             "this attention mask is not causal row by row (packed sequences or a custom mask); continuation rows "
@@ -39,7 +39,8 @@ def own_slots(rows: Rows) -> Tensor:
     return rows.rank[:, -rows.tokens.shape[1] :] >= 0
 
 
-def _seen(mask: Tensor, slots: int) -> Tensor:
+def seen_by(mask: Tensor, slots: int) -> Tensor:
+    """Which of the first ``slots`` slots each row sees by a mask of transformers' (:func:`rows_of`): (B, T or 1, slots)."""
     boolean = mask if mask.dtype == torch.bool else mask == 0
     boolean = boolean[:, 0] if mask.dim() == 4 else mask.bool()[:, None]
     return boolean[..., :slots]

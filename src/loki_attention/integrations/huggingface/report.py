@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loki_attention.cache import LayerCache
 from loki_attention.integrations.huggingface.monitor import MonitorReport
-from loki_attention.integrations.huggingface.sparse_rows import SparseRows, Tensors
+from loki_attention.integrations.huggingface.sparse_rows import BELOW, COVERED, SparseRows, Tensors
+from loki_attention.integrations.huggingface.static_counts import Steps
 from loki_attention.kernels.ops import Backend
 from loki_attention.methods import Answer, Method
 
@@ -45,6 +46,25 @@ class Tally:
             kept = answer.kept.transpose(1, 2)
             self.kept.add(kept if found.all_active else kept[found.active])
 
+    def add_steps(self, method: Method, steps: Steps, sizes: tuple[int, int, int]) -> None:
+        """Count steps over a static cache; ``sizes`` are key heads, query heads a key head, and a key's bytes."""
+        kv_heads, group, row_bytes = sizes
+        self.sparse_steps += steps.sparse
+        self.sparse_rows += steps.rows
+        self.tokens_cached += steps.tokens_cached
+        self.tokens_read += steps.tokens_read
+        # What a row reads grows evenly with its tokens and K, from what it reads of none.
+        all_rows, of_none = (
+            float(method.read_bytes(torch.tensor(tokens), torch.tensor(k), group, row_bytes))
+            for tokens, k in ((steps.tokens_cached, steps.tokens_read), (0, 0))
+        )
+        read = all_rows + (steps.rows - 1) * of_none
+        self.bytes_read = self.bytes_read + kv_heads * read
+        self.bytes_dense += float(2 * kv_heads * row_bytes * steps.tokens_cached)
+        for reason, count in ((COVERED, steps.covered), (BELOW, steps.below)):
+            if count:
+                self.dense_steps[reason] += count
+
 
 class KeptMass:
     """The tail's estimates of the attention mass kept, summed where they lie: reading them would wait for a device."""
@@ -61,6 +81,11 @@ class KeptMass:
         self._count = self._count + known.sum()
         worst = torch.where(known, kept, torch.inf).amin().double()
         self._worst = worst if isinstance(self._worst, float) else torch.minimum(self._worst, worst)
+
+    def add_sums(self, total: float, count: int, worst: float) -> None:
+        """Count ``count`` estimates by their sum and the worst of them."""
+        self._sum, self._count = self._sum + total, self._count + count
+        self._worst = min(self._worst, worst) if isinstance(self._worst, float) else self._worst.clamp(max=worst)
 
     def read(self) -> tuple[float, float] | None:
         """Mean and worst, None without any estimate."""
@@ -86,11 +111,15 @@ class Memory(NamedTuple):
     def of(cls, stores: Iterable[LayerCache]) -> "Memory":
         """The memory of a cache's layers."""
         held = list(stores)
-        sizes = [store.bytes for store in held]
-        cache, twins, sums = (sum(size[name] for size in sizes) for name in ("cache", "twins", "sums"))
-        return cls(
-            cache, twins, sums, max((s.capacity for s in held), default=0), max((s.length for s in held), default=0)
-        )
+        capacity, used = max((s.capacity for s in held), default=0), max((s.length for s in held), default=0)
+        return cls.summed((store.bytes for store in held), capacity, used)
+
+    @classmethod
+    def summed(cls, sizes: Iterable[Mapping[str, int]], capacity: int, used: int) -> "Memory":
+        """The memory of layers of these sizes, as stores give them."""
+        by_part = list(sizes)
+        cache, twins, sums = (sum(size[name] for size in by_part) for name in ("cache", "twins", "sums"))
+        return cls(cache, twins, sums, capacity, used)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,9 @@ from loki_attention.kernels.ops import rows_at_once
 from loki_attention.kernels.rows import Rows
 from loki_attention.methods import Answer, LayerView, Method, Step, WatchingMethod
 
+COVERED, BELOW = "budget covers all tokens", "below dense_below"
+"""Why decode steps stay dense in layers that may be sparse."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowRule:
@@ -112,7 +115,7 @@ def find_sparse_rows(
     k = torch.where(rows.tokens < dense_below, rows.tokens, k)
     sparse = active & (k < rows.tokens)
     if not bool(sparse.any()):
-        return "budget covers all tokens" if bool((rows.tokens[active] >= dense_below).any()) else "below dense_below"
+        return COVERED if bool((rows.tokens[active] >= dense_below).any()) else BELOW
     if count == 1:
         # A decode batch goes through as one: sequences that the budget covers are attended whole, without a tail.
         found = SparseRows(0, rows, k, active)

@@ -13,7 +13,7 @@ from loki_attention.core.shapes import Keys, Queries, Values
 from loki_attention.core.tail import TailSums, check_tail
 from loki_attention.errors import ArgumentError, check_tokens
 from loki_attention.kernels.native import NativeStep
-from loki_attention.kernels.native_arguments import Visible
+from loki_attention.kernels.native_arguments import Shape, Visible
 from loki_attention.kernels.triton import arguments
 from loki_attention.kernels.triton.append import encode_keys_kernel
 from loki_attention.kernels.triton.dense import dense_kernel
@@ -30,7 +30,7 @@ from loki_attention.kernels.triton.stages import (
     tuning_of,
 )
 from loki_attention.kernels.triton.tuning import Tuning
-from loki_attention.kernels.triton.workspace import Needs, Workspace, workspace_for
+from loki_attention.kernels.triton.workspace import Needs, Workspace, reserve, workspace_for
 
 # From 64 rows on Triton 3.6 takes Blackwell's tensor cores for a product in IEEE arithmetic, in TF32.
 _ENCODED_AT_ONCE = 32
@@ -71,6 +71,7 @@ def decode_step(
     width: int | None = None,
     newest: bool = False,
     workspace: Workspace | None = None,
+    reserved: bool = False,
     out: Queries | None = None,
     tuning: Tuning | None = None,
 ) -> NativeStep:
@@ -79,7 +80,8 @@ def decode_step(
     ``k`` (int64, on the device) must hold the forced tokens; more than a sequence has counts as all of them. ``width``:
     how many slots ``indices`` list a row; None: the largest K, and to know it waits for the device. ``newest``:
     the last slot's low-rank key is written first and the tail's sums are brought to the blocks that they cover, in place,
-    which needs spans; otherwise both are the caller's to keep up to date.
+    which needs spans; otherwise both are the caller's to keep up to date. ``reserved``: without a workspace, work in the
+    memory that :func:`reserve_for` set aside, where that is large enough.
     """
     shape = arguments.shape_of(query, keys, values)
     arguments.check_keys(encoder, keys, packed, shape.slots)
@@ -95,7 +97,7 @@ def decode_step(
         if sums is None:
             raise ArgumentError(f"tail {tail!r} needs the sums over cached tokens; give sums, or use tail='none'")
         arguments.check_sums(sums, shape, encoder.tail_rank, device)
-    step = StepKernels(encoder, shape, keys.dtype, device, tuning, workspace)
+    step = StepKernels(encoder, shape, keys.dtype, device, tuning, workspace, reserved)
     state = sums if tail != "none" and sums is not None else TailSums(*[step.space.numbers] * 4)
     inputs = StepInputs(query, keys, values, packed.view(torch.int32), visible_slots, k, scale, sinks, recent, state)
     output, logits = _output(query, out), logits_of(learned_sinks, shape, device)
@@ -123,6 +125,7 @@ def dense_decode(
     soft_cap: float | None = None,
     learned_sinks: Float[Tensor, " h"] | None = None,
     workspace: Workspace | None = None,
+    reserved: bool = False,
     out: Queries | None = None,
     tuning: Tuning | None = None,
 ) -> Queries:
@@ -130,9 +133,8 @@ def dense_decode(
     shape, device = arguments.shape_of(query, keys, values), keys.device
     visible_slots = arguments.seen(visible, shape, device)
     chosen = tuning or tuning_of(device, shape.dim, keys.dtype)
-    splits = chosen.splits(shape.rows, shape.slots, processors_of(device))
-    needs = Needs(rows=shape.rows, group=shape.group, dim=shape.dim, rank=0, slots=0, chunks=0, splits=splits)
-    space = workspace_for(needs, device, workspace)
+    needs = _dense_needs(shape, device, chosen)
+    splits, space = needs.splits, workspace_for(needs, device, workspace, reserved)
     output, logits = _output(query, out), logits_of(learned_sinks, shape, device)
     with on_device(device):
         dense_kernel[(shape.rows, splits)](
@@ -144,6 +146,22 @@ def dense_decode(
             num_warps=chosen.attend_warps, num_stages=chosen.dense_stages,
         )  # fmt: skip
     return output
+
+
+def reserve_for(
+    encoder: TritonEncoder | None, query: Tensor, keys: Tensor, values: Tensor, tuning: Tuning | None = None
+) -> None:
+    """Set memory aside for the operators' steps over a layer, dense ones alone without an encoder."""
+    shape, device = arguments.shape_of(query, keys, values), keys.device
+    needs = _dense_needs(shape, device, tuning or tuning_of(device, shape.dim, keys.dtype))
+    if encoder is not None:
+        needs = needs.joined(StepKernels(encoder, shape, keys.dtype, device, tuning, None).needs)
+    reserve(needs, device)
+
+
+def _dense_needs(shape: Shape, device: torch.device, tuning: Tuning) -> Needs:
+    splits = tuning.splits(shape.rows, shape.slots, processors_of(device))
+    return Needs(rows=shape.rows, group=shape.group, dim=shape.dim, rank=0, slots=0, chunks=0, splits=splits)
 
 
 def _output(query: Tensor, out: Tensor | None) -> Tensor:

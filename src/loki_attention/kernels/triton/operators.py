@@ -1,7 +1,7 @@
-"""The Triton kernels as ``torch.library`` operators: those of ``native_operators`` on CUDA tensors, and the newest token's step.
+"""The Triton kernels as ``torch.library`` operators: those of ``native_operators`` and ``newest`` on CUDA tensors.
 
-Importing this module registers them. ``decode_newest`` is what a compiled or captured decode step holds: it appends,
-absorbs, selects and attends with lengths that lie on the device, so that one graph serves every step.
+Importing this module registers them. Operators are what graphs hold, so they work in memory that was reserved, where that
+is large enough (``workspace``).
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,10 @@ from loki_attention.core.encoder import Encoder
 from loki_attention.core.planes import Planes
 from loki_attention.core.tail import TailSums
 from loki_attention.errors import ArgumentError
-from loki_attention.kernels import native_operators
+from loki_attention.kernels import native_operators, newest
 from loki_attention.kernels.rows import Spans
 from loki_attention.kernels.triton import launch
 from loki_attention.kernels.triton.encoder import TritonEncoder
-
-_WRITTEN = ("packed", "sum_tokens", "sum_values", "sum_encoded", "sum_products")
 
 
 @native_operators.encode_keys.register_kernel("cuda")
@@ -42,7 +40,9 @@ def dense_decode(
 ) -> Tensor:
     """Exact softmax attention over all valid slots (:func:`launch.dense_decode`)."""
     visible = native_operators.visible_slots(start, stop, rank, tokens)
-    return launch.dense_decode(query, keys, values, visible, scale, soft_cap=soft_cap, learned_sinks=learned_sinks)
+    return launch.dense_decode(
+        query, keys, values, visible, scale, soft_cap=soft_cap, learned_sinks=learned_sinks, reserved=True
+    )
 
 
 @native_operators.decode_step.register_kernel("cuda")
@@ -73,14 +73,14 @@ def decode_step(
         _encoder_of(encoder, planes), query, keys, values, packed,
         native_operators.visible_slots(start, stop, rank, tokens), k, scale, sinks=sinks, recent=recent, tail=tail,
         sums=held, soft_cap=soft_cap, learned_sinks=learned_sinks, wants_indices=width > 0, width=width,
-        wants_kept=True,
+        wants_kept=True, reserved=True,
     )  # fmt: skip
     assert found.kept is not None
     indices = packed.new_empty(*packed.shape[:2], 1, 0, dtype=torch.int32) if found.indices is None else found.indices
     return found.output, indices, found.kept
 
 
-@torch.library.custom_op("loki_attention::decode_newest", mutates_args=_WRITTEN)
+@newest.decode_newest.register_kernel("cuda")
 def decode_newest(
     encoder: Sequence[Tensor],
     planes: str,
@@ -101,21 +101,15 @@ def decode_newest(
     sum_products: Tensor,
     soft_cap: float | None = None,
     learned_sinks: Tensor | None = None,
-) -> Tensor:
-    """The output of one step whose newest token, in slot ``stop`` - 1 of ``keys`` and ``values``, joins first.
-
-    Its low-rank key is written into ``packed``, and the sums are brought to the blocks that they cover.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Output and mass kept of one step whose newest token joins first (:func:`launch.decode_step`)."""
     sums = TailSums(sum_tokens, sum_values, sum_encoded, sum_products)
-    return launch.decode_step(
+    found = launch.decode_step(
         _encoder_of(encoder, planes), query, keys, values, packed, Spans(start, stop), k, scale, sinks=sinks,
         recent=recent, tail=tail, sums=sums, soft_cap=soft_cap, learned_sinks=learned_sinks, newest=True,
-    ).output  # fmt: skip
-
-
-@decode_newest.register_fake
-def _(encoder: Sequence[Tensor], planes: str, query: Tensor, *_: object) -> Tensor:
-    return query.new_empty(query.shape)
+        wants_kept=tail != "none", reserved=True,
+    )  # fmt: skip
+    return found.output, newest.nothing_kept(query) if found.kept is None else found.kept
 
 
 def _encoder_of(tensors: Sequence[Tensor], planes: str) -> TritonEncoder:

@@ -4,7 +4,7 @@ Queues kernels and checks nothing: ``launch`` does. Stages may be queued one by 
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -66,8 +66,10 @@ class StepKernels:
         device: torch.device,
         tuning: Tuning | None,
         workspace: Workspace | None,
+        reserved: bool = False,
     ) -> None:
         self.encoder, self.shape = encoder, shape
+        self._place = (device, workspace, reserved)
         self.tuning = tuning or tuning_of(device, shape.dim, dtype)
         processors = processors_of(device)
         self.slots = max(self.tuning.score_block, 1 << max(shape.slots - 1, 0).bit_length())
@@ -75,11 +77,15 @@ class StepKernels:
         self.chunks = self.slots // self.chunk
         self.in_one_program = self.tuning.in_one_program(shape.rows, self.slots, processors)
         self.splits = self.tuning.splits(shape.rows, self.slots, processors)
-        needs = Needs(
+        self.needs = Needs(
             rows=shape.rows, group=shape.group, dim=shape.dim, rank=encoder.rank, slots=self.slots, chunks=self.chunks,
             splits=self.splits,
         )  # fmt: skip
-        self.space = workspace_for(needs, device, workspace)
+
+    @cached_property
+    def space(self) -> Workspace:
+        """Where the step works."""
+        return workspace_for(self.needs, *self._place)
 
     def open(self, inputs: StepInputs, *, append: bool, absorb: bool) -> None:
         """Queue what comes before scoring."""

@@ -74,21 +74,40 @@ class Workspace:
 
 
 _held: dict[tuple[torch.device, int], Workspace] = {}
+_reserved: dict[torch.device, list[Workspace]] = {}
 
 
-def workspace_for(needs: Needs, device: torch.device, given: Workspace | None = None) -> Workspace:
-    """``given`` where it fits, else the one that eager steps of this device share, made anew where it is too small."""
+def reserve(needs: Needs, device: torch.device) -> None:
+    """Set memory aside for the steps that graphs of this device hold, which run one after another, on any stream.
+
+    To be called before they are captured, or run to be captured: what is allocated then belongs to a graph's memory. It is
+    never given back, since a graph keeps no reference to it.
+    """
+    held = _reserved.setdefault(device, [])
+    if not any(space.needs.fits(needs) for space in held):
+        held.append(Workspace(held[-1].needs.joined(needs) if held else needs, device))
+
+
+def workspace_for(
+    needs: Needs, device: torch.device, given: Workspace | None = None, reserved: bool = False
+) -> Workspace:
+    """``given``, which must fit, else the one that eager steps of this device share, made anew where it is too small.
+
+    ``reserved``: before that, one that :func:`reserve` set aside, or else any of the device that is large enough.
+    """
     if given is not None:
         if given.device != device or not given.needs.fits(needs):
             raise ArgumentError(
                 f"the workspace is for {given.needs} on {given.device}; this step needs {needs} on {device}"
             )
         return given
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # What is allocated now would belong to the graph's memory.
-        for (place, _), held in _held.items():
-            if place == device and held.needs.fits(needs):
-                return held
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if reserved or capturing:
+        # What is allocated now might belong to a graph's memory.
+        for space in (*_reserved.get(device, ()), *(held for (place, _), held in _held.items() if place == device)):
+            if space.needs.fits(needs):
+                return space
+    if capturing:
         raise ArgumentError(
             "a step is captured before one ran; run it once, or give a workspace that outlives the graph"
         )
