@@ -96,15 +96,23 @@ bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine 
 GPU_TESTS := tests/kernels/test_triton.py tests/kernels/test_triton_dense.py tests/kernels/test_triton_operators.py \
 	tests/kernels/test_triton_gpu.py tests/integrations/test_triton_backend.py tests/integrations/test_static_gpu.py
 
+# Compiling takes most of the time: processes share it where pytest-xdist is installed. After LIMIT the run is interrupted, and
+# still says what it found; REPORT=FILE.xml keeps that in a file.
+GPU_WORKERS ?= 8
+LIMIT ?= 0
+REPORT ?=
+
 test-gpu: ## the GPU kernels' tests on the GPU at hand: the matrix, graphs, 100 equal runs, compute-sanitizer
 	$(PYTHON) benchmarks/gpu_ready.py tests
-	PYTHONPATH=src:tests:examples TRITON_INTERPRET=0 $(OFFLINE) $(PYTHON) -m pytest -c /dev/null --rootdir=. \
-		--import-mode=importlib -p no:cacheprovider -q -ra $(GPU_TESTS)
+	PYTHONPATH=src:tests:examples$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0 $(OFFLINE) \
+		timeout --foreground --signal=INT --kill-after=30 $(LIMIT) $(PYTHON) -m pytest -c /dev/null --rootdir=. \
+		--import-mode=importlib -p no:cacheprovider -v -ra --durations=20 $(if $(REPORT),--junitxml='$(REPORT)') \
+		$$($(PYTHON) -c 'import importlib.util as u; print(u.find_spec("xdist") and "-n $(GPU_WORKERS)" or "")') $(GPU_TESTS)
 
 bench-gpu: ## the GPU tables of record, on a GPU that nobody else uses (ten minutes)
 	$(PYTHON) benchmarks/gpu_ready.py
-	PYTHONPATH=src TRITON_INTERPRET=0 $(OFFLINE) $(PYTHON) benchmarks/gpu.py -o benchmarks/results
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu_tables.py
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0 $(OFFLINE) $(PYTHON) benchmarks/gpu.py -o benchmarks/results
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_tables.py
 
 docs: $(STAMP) ## run the examples and check the links of README.md, CONTRIBUTING.md and docs/
 	$(OFFLINE) $(BIN)/pytest tests/test_docs.py

@@ -45,6 +45,14 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Marks are known here rather than in pyproject.toml, which `make test-gpu` does not read."""
+    config.addinivalue_line(
+        "markers", "slow: takes longer than a few seconds; run by `make test-all`, not by `make test`"
+    )
+    config.addinivalue_line("markers", "fuzz: thousands of random cases; run by `make fuzz`")
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)

@@ -82,10 +82,9 @@ def _generate(
 ) -> Generated:
     mask = _mask(ids) if mask is None else mask
     settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True} | settings
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=new, past_key_values=cache, pad_token_id=0, **settings
-    )
+    placed = {"inputs": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    out = model.generate(**placed, max_new_tokens=new, past_key_values=cache, pad_token_id=0, **settings)
     cached = torch.ones(len(cache.layers[-1].keys), cache.get_seq_length(len(cache.layers) - 1), dtype=torch.long)
     repeats = len(cached) // len(mask)
     cached[:, : mask.shape[1]] = mask.repeat_interleave(repeats, dim=0)
-    return Generated(out.sequences, torch.stack(out.logits), cached, getattr(out, "sequences_scores", None))
+    return Generated(out.sequences.cpu(), torch.stack(out.logits).cpu(), cached, getattr(out, "sequences_scores", None))

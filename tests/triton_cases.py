@@ -1,5 +1,6 @@
 """Decode steps for the Triton kernels: on the GPU where there is one, else under Triton's interpreter."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers import Layer
-from kernel_cases import Case, sums_of, visible_of
+from kernel_cases import Case, assert_as_exact_as_torch, sums_of, visible_of
 from loki_attention.core.tail import TailSums
 from loki_attention.kernels.native import NativeStep
 from loki_attention.kernels.native_arguments import Visible
@@ -19,18 +20,42 @@ if availability.problem() is not None:
 
 from loki_attention.kernels.triton import launch
 from loki_attention.kernels.triton.encoder import TritonEncoder
+from loki_attention.kernels.triton.stages import tuning_of
 from loki_attention.kernels.triton.tuning import Tuning
 from loki_attention.kernels.triton.workspace import Needs, Workspace
 
 DEVICE = torch.device("cpu" if availability.interpreted() else "cuda")
 GARBAGE = 0x7F
 
-SHORT = Tuning(score_block=1024, attend_block=64, one_program_slots=32768)
+
+class Cut(NamedTuple):
+    """Which way the kernels are to go; the rest as the tuning table has it, which knows what fits into shared memory."""
+
+    changes: dict[str, int]
+
+    def tuning(self, keys: Tensor) -> Tuning:
+        """The table's row for these keys with the changes made."""
+        return replace(tuning_of(keys.device, keys.shape[-1], keys.dtype), **self.changes)
+
+
+SHORT = Cut({"one_program_slots": 32768})
 """One program selects: rows of any length that tests have."""
-LONG = Tuning(score_block=512, attend_block=16, attend_warps=4, one_program_slots=64, programs_per_processor=16)
+LONG = Cut(
+    {"score_block": 512, "attend_block": 16, "attend_warps": 4, "one_program_slots": 64, "programs_per_processor": 16}
+)
 """Rows are scored and selected in chunks, attention is split."""
 TUNINGS = {"one-program": SHORT, "chunks": LONG}
-tunings = pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+cuts = pytest.mark.parametrize("cut", TUNINGS.values(), ids=TUNINGS)
+
+# Products of float32 are three of tensor cores on a GPU, exact to some 1e-6; the interpreter has IEEE float32.
+ROUNDING = 1e-6 if DEVICE.type == "cpu" else 1e-5
+AGREEMENT = 1e-5 if DEVICE.type == "cpu" else 5e-5
+"""Within which float32 outputs of two cuts agree, absolutely and relatively."""
+
+
+def assert_exact(ours: Tensor, layer: Layer, scale: float, **options: Tensor | float | None) -> None:
+    """``assert_as_exact_as_torch`` with the rounding of where kernels run."""
+    assert_as_exact_as_torch(ours, layer, scale, ROUNDING, **options)
 
 
 def on_device(layer: Layer) -> Layer:
@@ -57,14 +82,14 @@ class Prepared(NamedTuple):
     k: Tensor
     sums: TailSums
 
-    def step(self, tuning: Tuning = SHORT, **options: object) -> NativeStep:
+    def step(self, cut: Cut = SHORT, **options: object) -> NativeStep:
         """The step, results on the CPU."""
         budget, layer = self.case.budget, self.layer
         wanted = {"wants_indices": True, "wants_mass": True, "wants_kept": True}
         found = launch.decode_step(
             self.encoder, layer.query, layer.keys, layer.values, self.packed, self.visible, self.k, self.case.shape.scale,
-            sinks=budget.sinks, recent=budget.recent, tail=self.case.tail, sums=self.sums, tuning=tuning,
-            **{**wanted, **options},
+            sinks=budget.sinks, recent=budget.recent, tail=self.case.tail, sums=self.sums,
+            tuning=cut.tuning(layer.keys), **{**wanted, **options},
         )  # fmt: skip
         return NativeStep(*(None if tensor is None else tensor.cpu() for tensor in found))
 

@@ -12,7 +12,6 @@ from kernel_cases import (
     NOTHING_FORCED,
     SMALL,
     Case,
-    assert_as_exact_as_torch,
     poisoned,
     random_sinks,
     reference,
@@ -24,7 +23,7 @@ from loki_attention.core.budget import Budget
 from loki_attention.core.encoder import Encoder
 from loki_attention.kernels import torch_backend
 from loki_attention.kernels.native_encoder import to_tiles
-from triton_cases import DEVICE, GARBAGE, LONG, SHORT, TUNINGS, prepared, tunings, workspace
+from triton_cases import AGREEMENT, DEVICE, GARBAGE, LONG, SHORT, TUNINGS, Cut, assert_exact, cuts, prepared, workspace
 
 LARGER = [
     Case("64@4+128@2", Shape(1, 4, 256), (600, 90), "linear", FRACTION),
@@ -47,7 +46,7 @@ QUICK = [
 ]
 ALL = QUICK + [(case, name) for case in CASES + LARGER for name in TUNINGS]
 matrix = pytest.mark.parametrize(
-    ("case", "tuning", "dtype"),
+    ("case", "cut", "dtype"),
     [
         pytest.param(
             case,
@@ -91,11 +90,11 @@ def assert_selects_as_the_reference(case: Case, layer: object, indices: Tensor) 
 
 
 @matrix
-def test_a_step_equals_the_reference(case: Case, tuning: object, dtype: torch.dtype) -> None:
+def test_a_step_equals_the_reference(case: Case, cut: Cut, dtype: torch.dtype) -> None:
     """Selection, log-mass and, given the same slots, outputs; whatever memory held before."""
     layer = case.layer(dtype)
     ready = prepared(case, dtype, layer)
-    found = ready.step(tuning, workspace=workspace(case, ready.layer))
+    found = ready.step(cut, workspace=workspace(case, ready.layer))
     assert found.indices is not None and found.log_mass is not None
     assert_selects_as_the_reference(case, layer, found.indices)
     references = reference(case, layer)
@@ -112,10 +111,10 @@ def test_a_step_equals_the_reference(case: Case, tuning: object, dtype: torch.dt
     plain = found
     if case.tail != "none":
         without_tail = ready._replace(case=case._replace(tail="none"))
-        plain = without_tail.step(tuning, wants_mass=False, wants_kept=False)
+        plain = without_tail.step(cut, wants_mass=False, wants_kept=False)
     assert plain.indices is not None
     seen = slots_read(plain.indices, layer.keys.shape[2])
-    assert_as_exact_as_torch(plain.output, layer, case.shape.scale, seen=seen)
+    assert_exact(plain.output, layer, case.shape.scale, seen=seen)
 
 
 # Every plane and head dim, by default every width of codes; lengths that end inside a tile.
@@ -210,25 +209,25 @@ def test_the_step_reads_no_row_that_is_not_selected(case: Case, name: str) -> No
     assert plain.output.isfinite().all()
 
 
-@tunings
-def test_ties_go_to_the_lower_slot(tuning: object) -> None:
+@cuts
+def test_ties_go_to_the_lower_slot(cut: Cut) -> None:
     """Keys of a few values alone: every threshold is a tie."""
     case = Case("16@8", Shape(1, 2, 64), (300, 200), "none", FRACTION)
     layer = case.layer()
     few = layer.keys[:, :, :3].repeat(1, 1, 100, 1)
     layer = layer._replace(keys=few.contiguous())
-    found = prepared(case, layer=layer).step(tuning)
+    found = prepared(case, layer=layer).step(cut)
     assert found.indices is not None
     assert_selects_as_the_reference(case, layer, found.indices)
     for b, step in enumerate(reference(case, layer)):
         assert torch.equal(found.indices[b, :, 0, : step.indices.shape[1]], step.indices.int())
 
 
-@tunings
-def test_every_sequence_has_its_own_k(tuning: object) -> None:
+@cuts
+def test_every_sequence_has_its_own_k(cut: Cut) -> None:
     case = Case("32@4", Shape(1, 4, 64), (300, 40, 1), "none", Budget(fraction=1 / 4, minimum=16, sinks=2, recent=8))
     layer = case.layer()
-    found = prepared(case, layer=layer).step(tuning)
+    found = prepared(case, layer=layer).step(cut)
     assert found.indices is not None
     counts = (found.indices >= 0).sum(-1).flatten().tolist()
     assert counts == case.k(layer).tolist() == [75, 16, 1]
@@ -241,7 +240,7 @@ def test_a_k_beyond_the_tokens_attends_all_of_them() -> None:
     found = ready.step()
     assert found.indices is not None
     assert (found.indices >= 0).sum(-1).flatten().tolist() == [90, 50]
-    assert_as_exact_as_torch(found.output, case.layer(), case.shape.scale)
+    assert_exact(found.output, case.layer(), case.shape.scale)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +254,7 @@ def test_soft_caps_learned_sinks_and_the_mass_kept(case: Case) -> None:
         plain = ready._replace(case=case._replace(tail="none")).step(LONG, **options)
         assert plain.indices is not None and plain.kept is not None and plain.kept.isnan().all()
         seen = slots_read(plain.indices, layer.keys.shape[2])
-        assert_as_exact_as_torch(plain.output, layer, case.shape.scale, soft_cap=soft_cap, sinks=sinks, seen=seen)
+        assert_exact(plain.output, layer, case.shape.scale, soft_cap=soft_cap, sinks=sinks, seen=seen)
         ours = ready.step(SHORT, **options)
         assert ours.indices is not None and ours.log_mass is not None and ours.kept is not None
         softmax = torch_backend.Softmax(softcap=soft_cap)
@@ -264,7 +263,7 @@ def test_soft_caps_learned_sinks_and_the_mass_kept(case: Case) -> None:
         tail = (mass, torch.zeros_like(wide[0]))
         kept = torch_backend.attend(*wide, ours.indices.long(), case.shape.scale, *tail, softmax).kept
         expected = kept.masked_fill(mass == -torch.inf, torch.nan)
-        torch.testing.assert_close(ours.kept.double(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(ours.kept.double(), expected, rtol=1e-4, atol=AGREEMENT, equal_nan=True)
 
 
 @pytest.mark.parametrize(

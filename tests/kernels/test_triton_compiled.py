@@ -5,19 +5,27 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loki_attention.kernels.triton import availability
-from loki_attention.kernels.triton.compiled import ARCHITECTURES, variants
+from loki_attention.kernels.triton.compiled import ARCHITECTURES, Variant, variants
+from loki_attention.kernels.triton.tuning import tuning_for
 
 if availability.version() is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "benchmarks" / "results" / "triton-compiled.json"
+HOPPERS_SHARED_BYTES = 227 * 1024
+COMPILE = """
+import json, sys
+from loki_attention.kernels.triton.compiled import Variant, compiled
+print(json.dumps([compiled(Variant(**one), 90).shared_bytes for one in json.loads(sys.argv[1])]))
+"""
 QUICK = [
     "score, 32@4+64@2@90",
     "compact@90",
@@ -35,9 +43,14 @@ def compiled(folder: Path, names: list[str]) -> dict[str, Any]:
     output = folder / "compiled.json"
     command = [sys.executable, "benchmarks/compiled.py", "-o", str(output)]
     command += [part for name in names for part in ("--only", name)]
-    environment = {name: value for name, value in os.environ.items() if name != availability.INTERPRETER_VARIABLE}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    run(command)
     return read(output)
+
+
+def run(command: list[str]) -> str:
+    """What a process prints in which kernels are compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != availability.INTERPRETER_VARIABLE}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 def check(name: str, ours: Any, recorded: Any) -> None:
@@ -72,3 +85,24 @@ def test_every_kernel_compiles_as_recorded(architecture: int, tmp_path: Path) ->
 def test_the_record_holds_every_variant_and_no_other() -> None:
     names = [f"{variant.name}@{architecture}" for variant in variants() for architecture in ARCHITECTURES]
     assert sorted(read(RECORDED)) == sorted(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "dim"), [("fp32", 256), ("fp32", 128), ("bf16", 256)])
+def test_the_cuts_of_the_tests_fit_into_a_hoppers_shared_memory(dtype: str, dim: int) -> None:
+    """The widest rows of each type; the first cut has the tuning table's own blocks."""
+    from triton_cases import TUNINGS
+
+    common = {"group": 4, "head_dim": dim, "dtype": dtype, "planes": "64@4+128@2" if dim == 256 else "32@4+64@2"}
+    sizes = {"HEADS": 1, "VISIBLE": 1, "CAPPED": 0, "SINKS": 0, "SPLITS": 8}
+    made = []
+    for cut in TUNINGS.values():
+        tuning = replace(tuning_for(90, dim, 4 if dtype == "fp32" else 2), **cut.changes)
+        block, warps = {**sizes, "BLOCK": tuning.attend_block}, tuning.attend_warps
+        tail = {"TAIL": 2, "MASS": 1, "SAMPLE_BLOCK": 128}
+        made += [
+            Variant(name="attend", kernel="attend", warps=warps, stages=tuning.attend_stages, constants={**block, **tail}, **common),
+            Variant(name="dense", kernel="dense", warps=warps, stages=tuning.dense_stages, constants=block, **common),
+        ]  # fmt: skip
+    found = json.loads(run([sys.executable, "-c", COMPILE, json.dumps([asdict(one) for one in made])]))
+    assert len(found) == 4 and all(0 < bytes_ <= HOPPERS_SHARED_BYTES for bytes_ in found), found

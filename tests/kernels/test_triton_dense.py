@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from helpers import Shape
-from kernel_cases import DTYPES, Case, assert_as_exact_as_torch, random_sinks
+from kernel_cases import DTYPES, Case, random_sinks
 from loki_attention.errors import ArgumentError
 from loki_attention.kernels.rows import Rows, Spans
 from loki_attention.kernels.triton import availability
+from loki_attention.kernels.triton.workspace import placed, workspace_for
 from triton_cases import (
     DEVICE,
     LONG,
@@ -16,6 +17,7 @@ from triton_cases import (
     Needs,
     TritonEncoder,
     Workspace,
+    assert_exact,
     launch,
     on_device,
     prepared,
@@ -42,14 +44,14 @@ DENSE = [
 def test_dense_decode_is_attention_over_every_valid_slot(case: Case, dtype: torch.dtype) -> None:
     layer = case.layer(dtype)
     moved, visible = on_device(layer), visible_on_device(layer, case.holes)
-    for tuning in TUNINGS.values():
+    for cut in TUNINGS.values():
         for soft_cap, sinks in ((None, None), (1.5, random_sinks(case))):
             space = workspace(case, moved)
             ours = launch.dense_decode(
                 *moved[:3], visible, case.shape.scale, soft_cap=soft_cap,
-                learned_sinks=None if sinks is None else sinks.to(DEVICE), tuning=tuning, workspace=space,
+                learned_sinks=None if sinks is None else sinks.to(DEVICE), tuning=cut.tuning(moved.keys), workspace=space,
             )  # fmt: skip
-            assert_as_exact_as_torch(ours.cpu(), layer, case.shape.scale, soft_cap=soft_cap, sinks=sinks)
+            assert_exact(ours.cpu(), layer, case.shape.scale, soft_cap=soft_cap, sinks=sinks)
             assert not space.done.any()
 
 
@@ -60,16 +62,16 @@ def test_strided_views_of_a_larger_cache_are_read_in_place() -> None:
     room[:, :, 50:150] = layer.keys
     values = room.transpose(1, 2).clone().transpose(1, 2)
     values[:, :, 50:150] = layer.values
-    visible = visible_on_device(case.layer(), False)
-    ours = launch.dense_decode(layer.query, room[:, :, 50:150], values[:, :, 50:150], visible, 0.125, tuning=SHORT)
-    theirs = launch.dense_decode(*layer[:3], visible, 0.125, tuning=SHORT)
+    visible, cut = visible_on_device(case.layer(), False), SHORT.tuning(layer.keys)
+    ours = launch.dense_decode(layer.query, room[:, :, 50:150], values[:, :, 50:150], visible, 0.125, tuning=cut)
+    theirs = launch.dense_decode(*layer[:3], visible, 0.125, tuning=cut)
     assert torch.equal(ours, theirs)
 
 
 def test_an_empty_sequence_gives_zeros() -> None:
     layer = on_device(CASES[0].layer())
     stop = torch.tensor([0, 100], device=DEVICE)
-    found = launch.dense_decode(*layer[:3], Spans(None, stop), 0.125, tuning=LONG)
+    found = launch.dense_decode(*layer[:3], Spans(None, stop), 0.125, tuning=LONG.tuning(layer.keys))
     assert not found[0].any()
     assert found[1].any()
 
@@ -100,13 +102,31 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
             call()
 
 
+def test_a_workspace_knows_the_gpu_that_its_tensors_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``cuda`` is the one that is current; tensors there say ``cuda:1``, and are compared with that."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert placed(torch.device("cuda")) == placed(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert placed(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert placed(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.undo()
+    needs = Needs(rows=1, group=1, dim=16, rank=16, slots=16, chunks=1, splits=1)
+    space = Workspace(needs, DEVICE)
+    assert space.device == space.done.device
+    assert workspace_for(needs, space.done.device, space) is workspace_for(needs, DEVICE, space) is space
+
+
 def test_availability_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
     assert availability.problem("cpu" if availability.interpreted() else "cuda") is None
     monkeypatch.setattr(availability, "version", lambda: "3.5.1")
     assert availability.problem() == "triton 3.5.1 is older than 3.6"
     monkeypatch.setattr(availability, "version", lambda: None)
     assert availability.problem() == "triton is not installed"
     monkeypatch.undo()
+    for word in ("1", "true", "ON", "Yes", "y", "t", "2", "off", ""):
+        monkeypatch.setenv(availability.INTERPRETER_VARIABLE, word)
+        assert availability.interpreted() == triton.knobs.runtime.interpret
     monkeypatch.setenv(availability.INTERPRETER_VARIABLE, "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert availability.problem() == "torch sees no GPU"

@@ -9,12 +9,13 @@ import torch
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 """Environment variable that makes Triton interpret kernels on the CPU: for tests, thousands of times as slow."""
 LEAST_CAPABILITY = (8, 0)
+_TRUE = ("1", "true", "on", "yes", "y")
 _LEAST_VERSION = (3, 6)
 
 
 def interpreted() -> bool:
-    """Whether kernels run under Triton's interpreter, on CPU tensors."""
-    return os.environ.get(INTERPRETER_VARIABLE) == "1"
+    """Whether kernels run under Triton's interpreter, on CPU tensors: what Triton itself makes of its variable."""
+    return os.environ.get(INTERPRETER_VARIABLE, "").lower() in _TRUE
 
 
 def problem(device: str | None = None) -> str | None:

@@ -5,15 +5,14 @@ neighbouring tokens read neighbouring words, and every word is unpacked in the r
 interpreter instructions that it lacks are emulated, and 16-bit floats are widened, which it computes wrongly.
 """
 
-import os
-
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 from loki_attention.kernels.triton.jit import kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run under Triton's interpreter: decided when triton is first imported."""
 _EMULATED = tl.constexpr(INTERPRETED)
 _TILE = tl.constexpr(16)

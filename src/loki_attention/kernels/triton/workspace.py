@@ -40,11 +40,11 @@ class Workspace:
     """
 
     def __init__(self, needs: Needs, device: torch.device) -> None:
-        self.needs, self.device = needs, device
+        self.needs, self.device = needs, placed(device)
         rows, group = needs.rows, needs.group
 
         def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=self.device)
 
         self.codes = room(rows, group, needs.rank // 4, dtype=torch.int32)
         self.encoded = room(rows, group, needs.rank)
@@ -61,7 +61,7 @@ class Workspace:
         self.sums = room(rows, needs.splits + 1, group, needs.dim)
         self.mass = room(rows, group)
         self.kept = room(rows, group)
-        self.done = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.done = torch.zeros(rows, dtype=torch.int32, device=self.device)
 
     def buffers(self) -> Iterator[Tensor]:
         """Every buffer that a step writes before it reads."""
@@ -71,6 +71,11 @@ class Workspace:
     def bytes(self) -> int:
         """Resident bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.buffers(), self.done))
+
+
+def placed(device: torch.device) -> torch.device:
+    """``device`` as tensors on it name it: ``cuda`` is the GPU that is current, which theirs call ``cuda:0`` or another."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 _held: dict[tuple[torch.device, int], Workspace] = {}
@@ -83,6 +88,7 @@ def reserve(needs: Needs, device: torch.device) -> None:
     To be called before they are captured, or run to be captured: what is allocated then belongs to a graph's memory. It is
     never given back, since a graph keeps no reference to it.
     """
+    device = placed(device)
     held = _reserved.setdefault(device, [])
     if not any(space.needs.fits(needs) for space in held):
         held.append(Workspace(held[-1].needs.joined(needs) if held else needs, device))
@@ -95,6 +101,7 @@ def workspace_for(
 
     ``reserved``: before that, one that :func:`reserve` set aside, or else any of the device that is large enough.
     """
+    device = placed(device)
     if given is not None:
         if given.device != device or not given.needs.fits(needs):
             raise ArgumentError(
