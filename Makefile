@@ -109,10 +109,17 @@ test-gpu: ## the GPU kernels' tests on the GPU at hand: the matrix, graphs, 100 
 		--import-mode=importlib -p no:cacheprovider -v -ra --durations=20 $(if $(REPORT),--junitxml='$(REPORT)') \
 		$$($(PYTHON) -c 'import importlib.util as u; print(u.find_spec("xdist") and "-n $(GPU_WORKERS)" or "")') $(GPU_TESTS)
 
-bench-gpu: ## the GPU tables of record, on a GPU that nobody else uses (ten minutes)
+# What is measured, for how long, and where it is written: results are saved after every case.
+GPU_ONLY ?= hardware,attention,generate
+GPU_MINUTES ?= 7
+GPU_RESULTS ?= benchmarks/results
+
+bench-gpu: ## the GPU tables of record, on a GPU that nobody else uses (7 minutes and the last case; GPU_ONLY=generate)
 	$(PYTHON) benchmarks/gpu_ready.py
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0 $(OFFLINE) $(PYTHON) benchmarks/gpu.py -o benchmarks/results
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_tables.py
+	@export PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH}; status=0; \
+		TRITON_INTERPRET=0 $(OFFLINE) $(PYTHON) benchmarks/gpu.py --only '$(GPU_ONLY)' --minutes $(GPU_MINUTES) \
+		-o '$(GPU_RESULTS)' || status=$$?; \
+		$(PYTHON) benchmarks/gpu_tables.py --results '$(GPU_RESULTS)' && exit $$status
 
 docs: $(STAMP) ## run the examples and check the links of README.md, CONTRIBUTING.md and docs/
 	$(OFFLINE) $(BIN)/pytest tests/test_docs.py

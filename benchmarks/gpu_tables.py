@@ -3,6 +3,7 @@
 python benchmarks/gpu_tables.py
 """
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,10 +18,17 @@ UNTIMED = "**Nothing has been timed on a GPU yet.** No figure on this page is a 
 
 def main() -> None:
     """Read the result files and write what stands between the markers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that benchmarks/gpu.py wrote into")
+    folder = parser.parse_args().results
     parts = [compiled_table(load_results(RESULTS / "triton-compiled.json"))]
-    makers = {"gpu-hardware": hardware_table, "gpu-attention": attention_table, "gpu-generate": generate_table}
-    timed = {name: RESULTS / f"{name}.json" for name in makers}
-    found = [makers[name](load_results(path)) for name, path in timed.items() if path.is_file()]
+    files = {name: folder / f"gpu-{name}.json" for name in ("hardware", "attention", "generate")}
+    timed = {name: load_results(path) for name, path in files.items() if path.is_file()}
+    found = [hardware_table(timed["hardware"])] if "hardware" in timed else []
+    if "attention" in timed:
+        found.append(attention_table(timed["attention"], bandwidth(timed.get("hardware"))))
+    if "generate" in timed:
+        found.append(generate_table(timed["generate"]))
     content = "\n".join([*([] if found else [UNTIMED]), *found, *parts])
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     with written_whole(PAGE) as draft:
@@ -62,8 +70,16 @@ def hardware_table(file: SavedResults) -> str:
     return "\n".join(["## The chip\n", table(["question", "µs a call", "TB/s"], body), made_by(file)])
 
 
-def attention_table(file: SavedResults) -> str:
-    """Every provider of every case."""
+def bandwidth(file: SavedResults | None) -> float | None:
+    """Bytes a second that a copy moved, None where that was not measured."""
+    probes = file.results if file else ()
+    return next(
+        (float(one.config["bytes_a_second"] or 0) for one in probes if one.config["question"] == "M1 copy"), None
+    )
+
+
+def attention_table(file: SavedResults, bytes_a_second: float | None) -> str:
+    """Every provider of every case; its share of the byte ideal is the time its bytes take at M1's rate over its own."""
     head = [
         "heads, batch, tokens",
         "provider",
@@ -71,6 +87,7 @@ def attention_table(file: SavedResults) -> str:
         "µs (20 to 80 %)",
         "over the best dense",
         "byte ideal",
+        "share of the ideal",
         "kept mass",
     ]
     body = []
@@ -81,9 +98,12 @@ def attention_table(file: SavedResults) -> str:
             f"{1e6 * one.value:.1f} ({1e6 * float(config['p20'] or 0):.1f} to {1e6 * float(config['p80'] or 0):.1f})"
         )
         setting = " ".join(str(config[name]) for name in ("planes", "fraction") if config.get(name))
+        share = one.read_bytes / bytes_a_second / one.value if one.read_bytes and bytes_a_second else None
         figures = [
-            number(config[name], unit)
-            for name, unit in (("over_best_dense", "x"), ("byte_ideal", "x"), ("kept_mass", ""))
+            number(config["over_best_dense"], "x"),
+            number(config["byte_ideal"], "x"),
+            f"{100 * share:.0f} %" if share else "-",
+            number(config["kept_mass"], ""),
         ]
         body.append([case, str(config["provider"]), setting, spread, *figures])
     return "\n".join(["## One layer's decode step\n", table(head, body), made_by(file)])

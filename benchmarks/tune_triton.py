@@ -1,33 +1,45 @@
 """Time how the Triton kernels may be cut into programs, and print rows for `kernels/triton/tuning.py`. Needs a GPU.
 
 Nothing is tuned while a model runs: the table is read. Every candidate runs the whole step on a long and a short cache; the
-one with the lowest product of both times wins.
+one with the lowest product of both times wins; every better one is printed when it is found, so that a run may be cut short.
 
-    python benchmarks/tune_triton.py
+    python benchmarks/tune_triton.py --dim 128 --minutes 8
 """
 
 import argparse
 import itertools
 import os
+import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 
 def main() -> None:
-    """Print the best tuning of every head dim and type."""
+    """Print ever better tunings of every head dim."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="two candidates on tiny shapes, interpreted")
+    parser.add_argument(
+        "--dim", type=int, action="append", help="a head dim (default 64, 128 and 256; may be repeated)"
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all, shared by the head dims (default 8)")
     arguments = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "1" if arguments.dry_run else "0"
     import torch
 
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     capability = (0, 0) if arguments.dry_run else torch.cuda.get_device_capability()
-    dims = (64,) if arguments.dry_run else (64, 128, 256)
-    for dim, dtype in itertools.product(dims, (torch.bfloat16,)):
-        seconds, tuning = min(tried(device, dim, dtype, dry=arguments.dry_run), key=lambda pair: pair[0])
-        key = (10 * capability[0] + capability[1], dim, dtype.itemsize)
-        print(f"    {key}: {tuning},  # product of both times {seconds:.3g}")
+    dims = [64] if arguments.dry_run else arguments.dim or [128, 64, 256]
+    start, dtype = time.monotonic(), torch.bfloat16
+    for i, dim in enumerate(dims, 1):
+        best, key = float("inf"), (10 * capability[0] + capability[1], dim, dtype.itemsize)
+        for seconds, tuning in tried(device, dim, dtype, dry=arguments.dry_run):
+            if seconds < best:
+                best = seconds
+                print(f"    {key}: {tuning},  # product of both times {seconds:.3g}", flush=True)
+            if time.monotonic() - start > 60 * arguments.minutes * i / len(dims):
+                print(f"# head dim {dim}: no time for the other candidates", flush=True)
+                break
 
 
 def candidates(*, dry: bool) -> Iterator[Any]:
@@ -47,18 +59,19 @@ def candidates(*, dry: bool) -> Iterator[Any]:
 
 def tried(device: Any, dim: int, dtype: Any, *, dry: bool) -> Iterator[tuple[float, Any]]:
     """The product of both times of every candidate that compiles."""
+    from triton.errors import TritonError
+
     from loki_attention.benchmarking.gpu_layers import draw_copies, encoder_of, twins_of
+    from loki_attention.benchmarking.gpu_reference import line_of
     from loki_attention.benchmarking.layers import Case, Heads
-    from loki_attention.core.budget import Budget
     from loki_attention.core.planes import Planes
     from loki_attention.kernels import gpu_clock
-    from loki_attention.kernels.triton import launch
 
     lengths = ((1, 200), (1, 300)) if dry else ((1, 32768), (32, 8192))
     cases = [
         Case(heads=Heads(4, 1, dim) if dry else Heads(32, 8, dim), batch=b, tokens=n, dtype=dtype) for b, n in lengths
     ]
-    budget, planes = Budget(fraction=1 / 8), str(Planes.default(dim))
+    planes = str(Planes.default(dim))
     prepared = []
     for case in cases:
         copies = draw_copies(case, device, rotated_bytes=1 if dry else 300_000_000)
@@ -68,19 +81,35 @@ def tried(device: Any, dim: int, dtype: Any, *, dry: bool) -> Iterator[tuple[flo
         product = 1.0
         try:
             for case, copies_and_twins in prepared:
-                calls = [
-                    lambda layer=layer, twins=twins, case=case, tuning=tuning: launch.decode_step(
-                        twins.encoder, *layer[:3], twins.packed, layer.visible, budget.of_each(layer.stop), case.scale,
-                        sinks=4, recent=32, tail="linear", sums=twins.sums, tuning=tuning,
-                    )
-                    for layer, twins in copies_and_twins
-                ]  # fmt: skip
+                calls = steps_of(case, copies_and_twins, tuning)
                 product *= gpu_clock.interleaved({"step": calls}, device, rounds=1 if dry else 10)["step"].median
-        except RuntimeError as error:
+        except (RuntimeError, TritonError) as error:
             # Too much shared memory, or too many registers, for this GPU.
-            print(f"# left out: {tuning}: {str(error).splitlines()[0]}")
+            print(f"# left out: {tuning}: {line_of(error)}", flush=True)
             continue
         yield product, tuning
+
+
+def steps_of(case: Any, copies_and_twins: list[Any], tuning: Any) -> list[partial[Any]]:
+    """A step on every copy, as a decoding model runs it: the newest key encoded, nothing allocated."""
+    import torch
+
+    from loki_attention.core.budget import Budget
+    from loki_attention.kernels.triton import arguments, launch
+    from loki_attention.kernels.triton.stages import StepKernels
+    from loki_attention.kernels.triton.workspace import Workspace
+
+    budget, (first, twins) = Budget(fraction=1 / 8), copies_and_twins[0]
+    shape, device = arguments.shape_of(*first[:3]), first.keys.device
+    space = Workspace(StepKernels(twins.encoder, shape, case.dtype, device, tuning, None).needs, device)
+    k, out = budget.of_each(first.stop), torch.empty_like(first.query)
+    return [
+        partial(
+            launch.decode_step, twins.encoder, *layer[:3], twins.packed, layer.visible, k, case.scale, sinks=budget.sinks,
+            recent=budget.recent, tail="linear", sums=twins.sums, newest=True, workspace=space, out=out, tuning=tuning,
+        )
+        for layer, twins in copies_and_twins
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

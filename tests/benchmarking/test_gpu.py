@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -11,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from loki_attention.benchmarking import gpu_attention
+from loki_attention.benchmarking import gpu_attention, gpu_dense, gpu_hardware
 from loki_attention.benchmarking.gpu_attention import GpuSuite, cases_of_record, measure
 from loki_attention.benchmarking.gpu_hardware import hardware_questions
 from loki_attention.benchmarking.layers import Case, Heads
 from loki_attention.errors import LokiError
-from loki_attention.kernels.triton import availability
+from loki_attention.kernels.triton import availability, launch
+from loki_attention.kernels.triton.probes import read_rows, room_for
 from loki_attention.results import load_results
 
 if not availability.interpreted() or availability.problem() is not None:
@@ -53,14 +56,17 @@ class PagedDecode:
         head_dim: int, page_size: int, *, q_data_type: torch.dtype, kv_data_type: torch.dtype, sm_scale: float,
     ) -> None:  # fmt: skip
         assert all(table.dtype == torch.int32 for table in (indptr, indices, last_page_len))
-        self.pages, self.lengths, self.scale = indices[indptr[:-1]], last_page_len, sm_scale
+        self.tables = [indices[start:stop].long() for start, stop in pairwise(indptr.tolist())]
+        self.last, self.scale = last_page_len, sm_scale
         self.shape, self.plans = (num_qo_heads, num_kv_heads, head_dim, page_size), self.plans + 1
 
     def run(self, query: Tensor, paged: tuple[Tensor, Tensor]) -> Tensor:
         heads, kv_heads, dim, page = self.shape
-        keys, values = (pages[self.pages.long()] for pages in paged)
-        assert query.shape[1:] == (heads, dim) and keys.shape[1:] == (kv_heads, page, dim)
-        assert (self.lengths == page).all()
+        assert query.shape == (len(self.tables), heads, dim) and (self.last == page).all() and page == 16
+        assert all(pages.shape[1:] == (kv_heads, page, dim) for pages in paged)
+        keys, values = (
+            torch.stack([pages[table].transpose(0, 1).flatten(1, 2) for table in self.tables]) for pages in paged
+        )
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query[:, :, None], keys, values, scale=self.scale, enable_gqa=True)[:, :, 0]
 
@@ -74,7 +80,7 @@ def test_flashinfer_decodes_batches_where_it_is_installed(monkeypatch: pytest.Mo
     monkeypatch.setattr(PagedDecode, "made", [])
     case = Case(heads=Heads(4, 2, 64), batch=3, tokens=128)
     copies = gpu_attention.draw_copies(case, CPU, rotated_bytes=1)
-    made, _ = gpu_attention._dense(case, copies, flex=False)
+    made, _ = gpu_dense.dense_providers(case, copies, flex=False)
     by_name = {one.name: one for one in made}
     for name in ("flashinfer", "flashinfer, tensor cores"):
         assert by_name[name].error is not None and by_name[name].error < 0.01
@@ -82,24 +88,63 @@ def test_flashinfer_decodes_batches_where_it_is_installed(monkeypatch: pytest.Mo
             assert call().shape == layer.query.shape
     assert [(one.use_tensor_cores, one.plans) for one in PagedDecode.made] == [(False, 1), (True, 1)]
     monkeypatch.setattr(PagedDecode, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("no such head dim")))
-    _, left_out = gpu_attention._dense(case, copies, flex=False)
-    assert {one.name: one.reason for one in left_out}["flashinfer"] == "no such head dim"
+    _, left_out = gpu_dense.dense_providers(case, copies, flex=False)
+    assert {one.name: one.reason for one in left_out}["flashinfer"] == "RuntimeError: no such head dim"
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_attention, "_reference", lambda layer, scale: torch.ones_like(layer.query).float())
-    with pytest.raises(LokiError, match="nothing is timed"):
+    """A wrong step of ours ends the case, with a tail too; a wrong rival is left out."""
+    decode_step = launch.decode_step
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(LokiError, match=r"with tail linear is wrong .* nothing is timed"),
+    ):
+        patched.setattr(launch, "decode_step", lambda *_, tail, **options: decode_step(*_, tail="none", **options))
         measure(CASE, SUITE, CPU)
+    rivals = gpu_dense._rivals
+
+    def with_a_wrong_one(case: Case, *, flex: bool) -> object:
+        attempts, left_out = rivals(case, flex=flex)
+        return {**attempts, "wrong": lambda layer: torch.ones_like(layer.query)}, left_out
+
+    monkeypatch.setattr(gpu_dense, "_rivals", with_a_wrong_one)
+    made, _ = gpu_dense.dense_providers(CASE, gpu_attention.draw_copies(CASE, CPU, rotated_bytes=1), flex=False)
+    right, wrong = gpu_attention._right(CASE, made)
+    assert [one.name for one in wrong] == ["wrong"] and {one.name for one in right} >= {"sdpa", "dense (ours)"}
+    with pytest.raises(LokiError, match=r"dense \(ours\) .* nothing is timed"):
+        gpu_attention._right(CASE, [replace(one, error=1.0) for one in made])
 
 
 def test_the_questions_to_a_chip_have_answers() -> None:
-    found = hardware_questions(CPU, size_bytes=1 << 18, rounds=1)
+    found, left_out = hardware_questions(CPU, size_bytes=1 << 18, rounds=1)
     assert {str(one.config["question"])[:2] for one in found} == {"M1", "M2", "M3", "M4"}
+    assert not left_out
+
+
+def test_a_probe_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("no kernel\nand more")
+
+    monkeypatch.setattr(gpu_hardware, "read_rows", no_kernel)
+    found, left_out = hardware_questions(CPU, size_bytes=1 << 18, rounds=1)
+    assert {str(one.config["question"])[:2] for one in found} == {"M1", "M4"}
+    assert {one.reason for one in left_out} == {"RuntimeError: no kernel"} and len(left_out) == 5
+
+
+def test_the_rows_that_a_probe_reads_are_those_asked_for() -> None:
+    rows, order = torch.randn(200, 128).to(torch.bfloat16), torch.randperm(200)[:70]
+    totals = room_for(200, CPU)
+    read_rows(rows, 32, totals)
+    torch.testing.assert_close(totals.sum(), rows[:, :32].float().sum(), atol=1e-3, rtol=1e-4)
+    totals = room_for(70, CPU)
+    read_rows(rows, 128, totals, order)
+    torch.testing.assert_close(totals.sum(), rows[order].float().sum(), atol=1e-3, rtol=1e-4)
 
 
 def test_the_matrix_leaves_out_what_does_not_fit() -> None:
     every = cases_of_record(1 << 40)
     assert len(every) == 11
+    assert [(case.batch, case.tokens) for case in every[:3]] == [(32, 32768), (8, 32768), (1, 32768)]
     assert all(2 * case.kv_bytes <= 1 << 30 for case in cases_of_record(1 << 30))
 
 

@@ -59,11 +59,11 @@ class Suite:
         """Whether decode steps of a variant may be compiled."""
         return STATIC in self.variants or LOKI_STATIC in self.variants
 
-    def cache_bytes(self, tokens: int) -> int:
-        """Bytes of K and V that the variants' caches hold together."""
+    def cache_bytes(self, tokens: int, variants: Sequence[str] | None = None) -> int:
+        """Bytes of K and V that the caches of ``variants``, by default of all, hold together."""
         shape = self.shape
         each = 2 * shape.layers * shape.kv_heads * shape.head_dim * self.dtype.itemsize
-        return len(self.variants) * self.batch * tokens * each
+        return len(self.variants if variants is None else variants) * self.batch * tokens * each
 
 
 class Measured(NamedTuple):
@@ -91,18 +91,19 @@ class Generation:
         )
         self._check()
 
-    def measure(self, tokens: int) -> Measured:
-        """Tokens/s of every variant over a cache of ``tokens`` tokens."""
+    def measure(self, tokens: int, variants: Sequence[str] | None = None) -> Measured:
+        """Tokens/s over a cache of ``tokens`` tokens of ``variants``, by default of all: each has a cache of its own."""
         suite = self._suite
+        names = suite.variants if variants is None else variants
         ids = self._ids(tokens + 1)
-        caches = {name: self._filled(tokens, name) for name in suite.variants}
-        seconds: dict[str, list[float]] = {name: [] for name in suite.variants}
+        caches = {name: self._filled(tokens, name) for name in names}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
         backends: dict[str, str] = {}
         # A compiled step knows the attachment it was made for: that of a static cache stays for all rounds.
-        compiled = [name for name in suite.variants if name == LOKI_STATIC]
+        compiled = [name for name in names if name == LOKI_STATIC]
         with watched() as load, torch.inference_mode():
             for _ in range(suite.rounds):
-                for name in suite.variants:
+                for name in names:
                     if name not in compiled:
                         with self._attached(name) as attached:
                             seconds[name].append(self._seconds(name, ids, caches[name]))
@@ -114,7 +115,7 @@ class Generation:
         if suite.compiles:
             # Else the next length would be compiled for shapes that change.
             torch.compiler.reset()
-        results = [self._result(name, tokens, seconds[name], backends[name], load) for name in suite.variants]
+        results = [self._result(name, tokens, seconds[name], backends[name], load) for name in names]
         return Measured(tokens, tuple(results), load)
 
     def _seconds(self, name: str, ids: Tensor, cache: Any) -> float:
