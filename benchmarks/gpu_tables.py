@@ -4,11 +4,10 @@ python benchmarks/gpu_tables.py
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from loki_attention.files import written_whole
 from loki_attention.results import Result, SavedResults, load_results
+from table_parts import between, markdown, write
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "gpu.md"
@@ -30,9 +29,7 @@ def main() -> None:
     if "generate" in timed:
         found.append(generate_table(timed["generate"]))
     content = "\n".join([*([] if found else [UNTIMED]), *found, *parts])
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    with written_whole(PAGE) as draft:
-        draft.write_text(f"{before}{BEGIN}{content}{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    write(PAGE, between(PAGE.read_text(encoding="utf-8"), BEGIN, END, content))
 
 
 def compiled_table(file: SavedResults) -> str:
@@ -52,7 +49,7 @@ def compiled_table(file: SavedResults) -> str:
     head = ["kernel", "sm_80", "sm_90", "sm_100", "budget", "registers", "bytes spilled", "bytes of shared memory"]
     version = file.results[0].config["triton"]
     text = f"Warp instructions a token by architecture, compiled by Triton {version}; registers in the same order.\n"
-    return "\n".join([text, table(head, body), made_by(file)])
+    return "\n".join([text, markdown(head, body), made_by(file)])
 
 
 def hardware_table(file: SavedResults) -> str:
@@ -67,7 +64,7 @@ def hardware_table(file: SavedResults) -> str:
                 "-" if rate is None else f"{float(rate) / 1e12:.2f}",
             ]
         )
-    return "\n".join(["## The chip\n", table(["question", "µs a call", "TB/s"], body), made_by(file)])
+    return "\n".join(["## The chip\n", markdown(["question", "µs a call", "TB/s"], body), made_by(file)])
 
 
 def bandwidth(file: SavedResults | None) -> float | None:
@@ -106,7 +103,7 @@ def attention_table(file: SavedResults, bytes_a_second: float | None) -> str:
             number(config["kept_mass"], ""),
         ]
         body.append([case, str(config["provider"]), setting, spread, *figures])
-    return "\n".join(["## One layer's decode step\n", table(head, body), made_by(file)])
+    return "\n".join(["## One layer's decode step\n", markdown(head, body), made_by(file)])
 
 
 def generate_table(file: SavedResults) -> str:
@@ -117,18 +114,12 @@ def generate_table(file: SavedResults) -> str:
         config = one.config
         case = f"{config['batch']}, {config['tokens']:,}"
         body.append([case, str(config["variant"]), str(config["backend"] or ""), f"{one.value:.1f}"])
-    return "\n".join(["## Whole generation\n", table(head, body), made_by(file)])
+    return "\n".join(["## Whole generation\n", markdown(head, body), made_by(file)])
 
 
 def number(value: object, unit: str) -> str:
     """A figure with two digits, a dash where there is none."""
     return f"{value:.2f}{unit}" if isinstance(value, float) else "-"
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def made_by(file: SavedResults) -> str:

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from loki_attention.files import written_whole
 from loki_attention.results import Environment, Result, SavedResults, load_results
 
 _WIDTH = 118
@@ -51,3 +52,15 @@ def made_by(environment: Environment) -> str:
         f"`{environment.command}` · {environment.hardware} · {environment.dtype} · {versions} · commit "
         f"{environment.commit} · {environment.date[:10]}"
     )
+
+
+def between(text: str, begin: str, end: str, content: str) -> str:
+    """The text with ``content`` in place of what stands between two markers."""
+    before, rest = text.split(begin)
+    return f"{before}{begin}{content}{end}{rest.split(end, 1)[1]}"
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a document."""
+    with written_whole(path) as draft:
+        draft.write_text(text, encoding="utf-8")

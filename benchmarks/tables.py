@@ -5,14 +5,12 @@ python benchmarks/tables.py
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ablation_tables import ablation_parts, calibration_parts
 from evidence_tables import equal_bytes_parts
-from loki_attention.files import written_whole
 from loki_attention.results import Result, load_results
 from speed_tables import short_tables, speed_document
-from table_parts import interval, made_by, paragraph
+from table_parts import between, interval, kl, made_by, paragraph, write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,12 +76,6 @@ def results_document(folder: Path, pictures: Path) -> str:
     return "\n".join(parts)
 
 
-def between(text: str, begin: str, end: str, content: str) -> str:
-    """The text with ``content`` in place of what stands between two markers."""
-    before, rest = text.split(begin)
-    return f"{before}{begin}{content}{end}{rest.split(end, 1)[1]}"
-
-
 def by_variant(results: Iterable[Result]) -> dict[str, dict[str, Result]]:
     """Variant name to metric to result."""
     found: dict[str, dict[str, Result]] = {}
@@ -123,10 +115,10 @@ def loss_table(losses: Mapping[str, Mapping[str, Result]], fraction: str) -> str
 
 def loss_row(variant: str, metrics: Mapping[str, Result]) -> str:
     """One line of a loss table."""
-    kl, same, over = (metrics[m] for m in ("kl_from_dense", "next_token_agreement", "perplexity_over_dense"))
+    loss, same, over = (metrics[m] for m in ("kl_from_dense", "next_token_agreement", "perplexity_over_dense"))
     name = f"**{variant}**" if variant == "loki" else variant
     return (
-        f"| {name} | {kl.config['read_fraction']:.1%} | {1000 * kl.value:.2f} {interval(kl, 1000, '.2f')} | "
+        f"| {name} | {loss.config['read_fraction']:.1%} | {kl(loss)} | "
         f"{same.value:.1%} | {over.value:+.2%} {interval(over, 100, '+.2f')} |"
     )
 
@@ -166,12 +158,6 @@ def retrieval_cell(result: Result) -> str:
     """Accuracy, interval, questions lost and won."""
     lost, won = result.config["lost_to_dense"], result.config["won_over_dense"]
     return f"{result.value:.1%} {interval(result, 100, '.1f')} ({lost} / {won})"
-
-
-def write(path: Path, text: Any) -> None:
-    """Replace a document."""
-    with written_whole(path) as draft:
-        draft.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

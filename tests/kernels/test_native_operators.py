@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from helpers import Shape
+from loki_attention.core.encoder import ENCODER_TENSORS
 from loki_attention.core.tail import TailSums
 from loki_attention.errors import ArgumentError
 from loki_attention.kernels import native, native_operators
 from loki_attention.kernels.native import NativeEncoder
-from loki_attention.kernels.native_operators import ENCODER_TENSORS
 from loki_attention.kernels.rows import Spans
 from native_cases import FRACTION, Case, native_step, random_sinks, sums_of, visible_of
 

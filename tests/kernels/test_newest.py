@@ -8,11 +8,11 @@ from torch import Tensor
 
 from helpers import Layer, Shape
 from kernel_cases import FRACTION, Case, visible_of
+from loki_attention.core.encoder import ENCODER_TENSORS
 from loki_attention.core.tail import TailSums, covered_tokens
 from loki_attention.errors import ArgumentError
 from loki_attention.kernels import native, torch_backend
 from loki_attention.kernels.native import NativeEncoder
-from loki_attention.kernels.native_operators import ENCODER_TENSORS
 from loki_attention.kernels.newest import newest_operator
 from loki_attention.kernels.rows import Rows, Spans
 

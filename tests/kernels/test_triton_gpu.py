@@ -11,7 +11,7 @@ import torch
 
 from helpers import Shape
 from kernel_cases import FRACTION, Case
-from loki_attention.kernels.native_operators import ENCODER_TENSORS
+from loki_attention.core.encoder import ENCODER_TENSORS
 from loki_attention.kernels.rows import Spans
 from loki_attention.kernels.triton import launch, operators
 from triton_cases import DEVICE, prepared, workspace

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from helpers import Shape
 from kernel_cases import FRACTION, Case
-from loki_attention.kernels.native_operators import ENCODER_TENSORS
+from loki_attention.core.encoder import ENCODER_TENSORS
 from loki_attention.kernels.rows import Spans
 from loki_attention.kernels.triton import launch, operators
 from loki_attention.kernels.triton import workspace as spaces

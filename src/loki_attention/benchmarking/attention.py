@@ -19,11 +19,12 @@ from loki_attention.benchmarking.providers import (
     Sparse,
     dense_providers,
     exact_topk,
+    wrong_output,
 )
 from loki_attention.benchmarking.timing import MachineLoad, Timing, interleaved, machine, watched
 from loki_attention.core.budget import Budget
 from loki_attention.core.planes import Planes
-from loki_attention.errors import LokiError, check_tokens
+from loki_attention.errors import check_tokens
 from loki_attention.results import Result, Setting
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -150,10 +151,7 @@ def _checked(case: Case, providers: Sequence[Provider]) -> list[float | None]:
     for provider, error in zip(providers, errors, strict=True):
         if error is not None and not error <= allowed:
             name = ", ".join(map(str, (provider.name, *provider.config.values())))
-            raise LokiError(
-                f"{name} is wrong on {case}: its output differs from the reference by {error:.2g}, where {allowed:.2g} is "
-                "allowed; nothing is timed. Report this with the output of `loki info`"
-            )
+            raise wrong_output(name, case, error, allowed)
     return errors
 
 

@@ -17,9 +17,8 @@ from loki_attention.benchmarking.gpu_dense import OUR_DENSE, Timed, dense_provid
 from loki_attention.benchmarking.gpu_layers import ROTATED_BYTES, GpuLayer, GpuTwins, draw_copies, encoder_of, twins_of
 from loki_attention.benchmarking.gpu_reference import attention, error_of, exact_scores, tail_reference
 from loki_attention.benchmarking.layers import Case, Heads
-from loki_attention.benchmarking.providers import LeftOut
+from loki_attention.benchmarking.providers import LeftOut, wrong_output
 from loki_attention.core.budget import Budget
-from loki_attention.errors import LokiError
 from loki_attention.kernels.gpu_clock import interleaved
 from loki_attention.kernels.stopwatch import Timing
 from loki_attention.kernels.triton import arguments, launch
@@ -129,11 +128,11 @@ def _sparse(case: Case, copies: Sequence[GpuLayer], planes: str, suite: GpuSuite
     rows = case.batch * case.heads.kv_heads
     scanned = rows * case.tokens * source.planes.bytes_per_token
     summed = 4 * rows * (case.heads.head_dim * (1 + source.tail_rank) + source.tail_rank)
+    scores = exact_scores(copies[0], case.scale)
     for fraction in suite.fractions:
         ours = _Sparse(case, copies, twins, Budget(fraction=float(Fraction(fraction))), suite.tail)
         k = int(ours.k[0])
         found = ours.step(0, wants_indices=True, wants_mass=True)
-        scores = exact_scores(copies[0], case.scale)
         taken = torch.zeros(case.batch, case.heads.kv_heads, case.tokens, dtype=torch.bool, device=scores.device)
         taken.scatter_(-1, found.indices[:, :, 0].long(), True)
         mass = float((scores.softmax(-1) * taken[:, :, None]).sum(-1).mean())
@@ -161,11 +160,8 @@ def _check_tail(ours: _Sparse, found: Any, planes: str, fraction: str) -> None:
     expected = tail_reference(ours.copies[0], ours.twins[0], found.indices, ours.case.scale, ours.tail)
     error = error_of(found.output[:1], expected)
     if not error <= _LARGEST_TAIL_ERROR:
-        raise LokiError(
-            f"loki {planes} {fraction} with tail {ours.tail} is wrong on {ours.case}: its output differs from the torch "
-            f"backend's by {error:.2g}, where {_LARGEST_TAIL_ERROR} is allowed; nothing is timed. Report this with the "
-            "output of `loki info`"
-        )
+        name = f"loki {planes} {fraction} with tail {ours.tail}"
+        raise wrong_output(name, ours.case, error, _LARGEST_TAIL_ERROR, reference="the torch backend's")
 
 
 def _right(case: Case, timed: Sequence[Timed]) -> tuple[list[Timed], list[LeftOut]]:
@@ -179,10 +175,7 @@ def _right(case: Case, timed: Sequence[Timed]) -> tuple[list[Timed], list[LeftOu
         elif one.kind == "dense" and one.name != OUR_DENSE:
             wrong.append(LeftOut(one.name, f"its output differs from the reference by {one.error:.2g}"))
         else:
-            raise LokiError(
-                f"{one.name} {one.config} is wrong on {case}: its output differs from the reference by {one.error:.2g}, "
-                f"where {allowed:.2g} is allowed; nothing is timed. Report this with the output of `loki info`"
-            )
+            raise wrong_output(f"{one.name} {one.config}", case, one.error, allowed)
     return right, wrong
 
 

@@ -10,15 +10,14 @@ from loki_attention.core.candidates import build
 from loki_attention.core.encoder import Encoder, encoder
 from loki_attention.core.moments import LayerMoments
 from loki_attention.core.planes import Planes
-from loki_attention.core.tail import TailSums, covered_tokens
+from loki_attention.core.tail import TailSums
 from loki_attention.kernels.rows import Spans
-from loki_attention.kernels.torch_backend import leading_dims
 from loki_attention.kernels.triton.encoder import TritonEncoder
+from loki_attention.static_cache import StaticTwins
 
 ROTATED_BYTES = 300_000_000
 """Bytes of K and V that the copies of a layer hold together at least: five times the L2 of a large GPU."""
 _SAMPLED_KEYS = 2048
-_ABSORBED_AT_ONCE = 8192
 
 
 class GpuLayer(NamedTuple):
@@ -70,20 +69,11 @@ def encoder_of(case: Case, planes: str, device: torch.device) -> Encoder:
 
 
 def twins_of(layer: GpuLayer, source: Encoder) -> GpuTwins:
-    """A copy's low-rank keys by the kernel, and its sums by torch."""
-    ours, (batch, kv_heads, tokens, dim) = TritonEncoder(source), layer.keys.shape
-    packed = ours.buffer(batch, tokens)
-    ours.write(layer.keys, packed, 0, tokens)
-    covered = int(covered_tokens(torch.tensor(tokens)))
-    rank = ours.tail_rank
-    shapes = ((batch, kv_heads, dim), (batch, kv_heads, rank), (batch, kv_heads, rank, dim))
-    sums = [torch.zeros(shape, device=layer.keys.device) for shape in shapes]
-    for start in range(0, covered, _ABSORBED_AT_ONCE):
-        part = slice(start, min(start + _ABSORBED_AT_ONCE, covered))
-        encoded, values = leading_dims(layer.keys[:, :, part], source), layer.values[:, :, part].float()
-        for total, new in zip(sums, (values.sum(2), encoded.sum(2), encoded.mT @ values), strict=True):
-            total += new
-    return GpuTwins(ours, packed, TailSums(torch.full((batch, 1), float(covered), device=layer.keys.device), *sums))
+    """A copy's low-rank keys and sums, as a static cache has them."""
+    ours, start = TritonEncoder(source), torch.zeros_like(layer.stop)
+    made = StaticTwins(layer.keys, layer.values)
+    made.settle(ours, start, tail=True, known=0, length=layer.keys.shape[2])
+    return GpuTwins(ours, made.packed, made.sums)
 
 
 def _spectrum(dim: int) -> Tensor:

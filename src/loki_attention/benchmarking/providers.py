@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from loki_attention.benchmarking.layers import Layer, Twins, no_sums, twins_of
+from loki_attention.benchmarking.layers import Case, Layer, Twins, no_sums, twins_of
 from loki_attention.core.budget import Budget
 from loki_attention.core.tail import BLOCK, tail_value
+from loki_attention.errors import LokiError
 from loki_attention.kernels import native, torch_backend
 from loki_attention.kernels.rows import Rows
 from loki_attention.results import Setting
@@ -47,6 +48,14 @@ class LeftOut(NamedTuple):
 
     name: str
     reason: str
+
+
+def wrong_output(name: str, case: Case, error: float, allowed: float, reference: str = "the reference") -> LokiError:
+    """The error for a provider of ours whose output is off by more than is allowed."""
+    return LokiError(
+        f"{name} is wrong on {case}: its output differs from {reference} by {error:.2g}, where {allowed:.2g} is allowed; "
+        "nothing is timed. Report this with the output of `loki info`"
+    )
 
 
 def dense_providers(layer: Layer, *, flex: bool, repeats_bytes: int) -> tuple[list[Provider], list[LeftOut]]:

@@ -35,6 +35,9 @@ class EncodedQuery(NamedTuple):
     leading: Float[Tensor, "b h t r1"]
 
 
+ENCODER_TENSORS = ("mean", "query_map", "key_map", "deviations", "steps", "kappa")
+
+
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """One layer's encoder for given planes; tensors per KV head, made by :func:`encoder`.

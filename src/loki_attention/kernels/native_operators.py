@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from loki_attention.core.encoder import EncodedQuery, Encoder
+from loki_attention.core.encoder import ENCODER_TENSORS, EncodedQuery, Encoder
 from loki_attention.core.planes import Planes
 from loki_attention.core.tail import TailSums
 from loki_attention.errors import ArgumentError
 from loki_attention.kernels import native
 from loki_attention.kernels.rows import Rows, Spans
-
-ENCODER_TENSORS = ("mean", "query_map", "key_map", "deviations", "steps", "kappa")
 
 
 @torch.library.custom_op("loki_attention::encode_keys", mutates_args=("packed",), device_types="cpu")

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from loki_attention.core.budget import Budget
+from loki_attention.core.encoder import ENCODER_TENSORS
 from loki_attention.errors import ModelError
 from loki_attention.integrations.huggingface.interception import original_attention, softmax_of
 from loki_attention.integrations.huggingface.masks import seen_by
@@ -20,7 +21,6 @@ from loki_attention.integrations.huggingface.report import Tally
 from loki_attention.integrations.huggingface.settings import LayerPlan, Settings
 from loki_attention.integrations.huggingface.static_counts import StaticCounts
 from loki_attention.integrations.huggingface.static_layer import TwinnedStaticLayer
-from loki_attention.kernels.native_operators import ENCODER_TENSORS
 from loki_attention.kernels.newest import newest_operator
 from loki_attention.kernels.triton import availability
 from loki_attention.methods import Method

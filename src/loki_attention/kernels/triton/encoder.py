@@ -4,7 +4,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from loki_attention.core.encoder import Encoder
+from loki_attention.core.encoder import ENCODER_TENSORS, Encoder
 from loki_attention.core.shapes import Keys, Levels
 from loki_attention.errors import ArgumentError, check_tokens
 from loki_attention.kernels.native_arguments import ELEMENT_TYPES, TILE
@@ -34,8 +34,7 @@ class TritonEncoder:
             raise ArgumentError(
                 f"planes '{self.planes}' have {self.rank} dims; Triton kernels take up to {LARGEST_RANK}"
             )
-        names = ("mean", "query_map", "key_map", "deviations", "steps", "kappa")
-        self.tensors = tuple(getattr(encoder, name).contiguous() for name in names)
+        self.tensors = tuple(getattr(encoder, name).contiguous() for name in ENCODER_TENSORS)
         (self.dims, self.bits), *others = encoder.planes.planes
         self.dims_of_two = others[0].dims if others else 0
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loki_attention.core.encoder import Encoder
+from loki_attention.core.encoder import ENCODER_TENSORS, Encoder
 from loki_attention.core.planes import Planes
 from loki_attention.core.tail import TailSums
 from loki_attention.errors import ArgumentError
@@ -114,7 +114,6 @@ def decode_newest(
 
 def _encoder_of(tensors: Sequence[Tensor], planes: str) -> TritonEncoder:
     """The encoder of an operator's tensors. Nothing is copied, so that nothing need be kept."""
-    expected = native_operators.ENCODER_TENSORS
-    if len(tensors) != len(expected):
-        raise ArgumentError(f"encoder is {len(tensors)} tensors; give {', '.join(expected)}")
+    if len(tensors) != len(ENCODER_TENSORS):
+        raise ArgumentError(f"encoder is {len(tensors)} tensors; give {', '.join(ENCODER_TENSORS)}")
     return TritonEncoder(Encoder("operator", Planes.parse(planes), *tensors))
