@@ -161,12 +161,12 @@ def planes_of(name: str) -> Planes | None:
 
 def planes_part(rows: Rows) -> str:
     """The best planes of each size in every column, and how often the default is."""
-    places: list[Place] = list(rows)
     sizes: dict[int, list[str]] = {}
     for name in dict.fromkeys(name for found in rows.values() for name in found):
         planes = planes_of(name)
         if planes is not None:
             sizes.setdefault(planes.bytes_per_token, []).append(name)
+    places = [place for place, found in rows.items() if any(planes_of(name) for name in found)]
     if not sizes:
         return ""
     lines = [["**loki**", *(cell(rows[place], OURS) for place in places)]]

@@ -3,9 +3,9 @@
     python benchmarks/evidence.py --list
     python benchmarks/evidence.py --text wiki.test.raw --calibration-text wiki.train.raw --only equal-bytes
 
-``wikitext2`` and ``retrieval`` are the tables by share of tokens, ``equal-bytes`` and ``tails`` those by share of bytes,
-``ablation`` and ``calibration`` change one thing at a time. ``--model`` takes another model for the ablation, of G = 4 say
-(``examples/train_reference_model.py`` trains one); its file is named after it.
+``wikitext2`` is the table by share of tokens, ``equal-bytes`` and ``tails`` are those by share of bytes, ``ablation`` and
+``calibration`` change one thing at a time. ``--model`` takes another model for the ablation, of G = 4 say
+(``examples/train_reference_model.py`` trains one), without the layouts of planes; its file is named after it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from loki_attention.evaluation.variant import Variant
 from loki_attention.integrations.huggingface.loading import load_model, load_tokenizer
 from loki_attention.methods import METHOD_NAMES, method_class
 from loki_attention.results import environment
-from variants import FRACTIONS, budget, label, perplexity_variants, retrieval_variants
+from variants import FRACTIONS, budget, label, perplexity_variants
 
 FLOORS = Floors(minimum=48, sinks=4, recent=16)
 POINTS = ("bytes=1/4", "bytes=1/8", "bytes=1/16")
@@ -88,34 +88,27 @@ class Setting:
 
 
 def wikitext2(setting: Setting) -> Planned:
-    """Loss against dense by share of tokens, every variant of ``variants``."""
+    """Loss against dense by share of tokens: loki between its bounds and the methods that should lose."""
     return [(setting.perplexity(40), perplexity_variants(setting.basis(2048)))]
-
-
-def retrieval(setting: Setting) -> Planned:
-    """Needles by share of tokens at three lengths."""
-    variants = retrieval_variants(setting.basis(4096))
-    return [(setting.retrieval("multi-key", length, 400), variants) for length in (1024, 2048, 4096)]
 
 
 def equal_bytes(setting: Setting) -> Planned:
     """Every method at equal bytes; the bounds, which read every key, at the same shares of tokens."""
     others = [name for name in METHOD_NAMES if name not in ("dense", "loki")]
-    return at_equal_bytes(setting, ["loki:tail=none", *others], "")
+    return at_equal_bytes(setting, ["loki:tail=none", *others], "", (2048, 4096))
 
 
 def tails(setting: Setting) -> Planned:
     """Every selection with a mean tail: is it the tail or the selection that wins? The baselines' mass is simulated."""
     kinds = ((name, method_class(name)) for name in METHOD_NAMES)
-    return at_equal_bytes(
-        setting, [name for name, kind in kinds if kind and "mean" in kind.tails and name != "loki"], "mean"
-    )
+    names = [name for name, kind in kinds if kind and "mean" in kind.tails and name != "loki"]
+    return at_equal_bytes(setting, names, "mean", (2048,))
 
 
-def at_equal_bytes(setting: Setting, names: Sequence[str], tail: str) -> Planned:
-    """The tasks of the equal-bytes tables with these methods and loki."""
+def at_equal_bytes(setting: Setting, names: Sequence[str], tail: str, lengths: Sequence[int]) -> Planned:
+    """The tasks of the equal-bytes tables, retrieval at these lengths, with these methods and loki."""
     tasks = [setting.perplexity(40)]
-    tasks += [setting.retrieval(f, n, 400) for f, n in product(("single", "multi-key"), (2048, 4096))]
+    tasks += [setting.retrieval(f, n, 400) for f, n in product(("single", "multi-key"), lengths)]
     bases = {task.name: setting.basis(4096 if task.name.endswith("4096") else 2048) for task in tasks}
     suffix = f":tail={tail}" if tail else ""
     specs = parse_methods(",".join(f"{name}{suffix}" for name in ("loki", *names)))
@@ -144,7 +137,8 @@ def ablation(setting: Setting) -> Planned:
             return Variant(name=f"{name}, {at}", **{**common, **changes})
 
         rows.append(row("loki"))
-        rows += [row(f"{planes}", planes=str(planes)) for planes in every_planes(basis.spec.head_dim)]
+        if is_bundled(setting.model_path):
+            rows += [row(f"{planes}", planes=str(planes)) for planes in every_planes(basis.spec.head_dim)]
         others = {name: basis.with_candidate(name) for name in CANDIDATES} | {"per head": per_head(basis)}
         rows += [row(name, basis=other) for name, other in others.items()]
         rows.append(row("per query head", per="query-head"))
@@ -202,7 +196,6 @@ def without(share: float, what: str) -> Budget:
 
 STUDIES: Mapping[str, Callable[[Setting], Planned]] = {
     "wikitext2": wikitext2,
-    "retrieval": retrieval,
     "equal-bytes": equal_bytes,
     "tails": tails,
     "ablation": ablation,
@@ -245,9 +238,14 @@ def main() -> None:
 
 
 def file_name(study: str, model: Path) -> str:
-    """The tables of record keep their names; a study of another model is named after it."""
-    of_model = "" if model == reference_model_path() else f"-{model.name}"
-    return f"{study}.json" if study in ("wikitext2", "retrieval") else f"evidence-{study}{of_model}.json"
+    """The table by share of tokens keeps its name; a study of another model is named after it."""
+    of_model = "" if is_bundled(model) else f"-{model.name}"
+    return f"{study}.json" if study == "wikitext2" else f"evidence-{study}{of_model}.json"
+
+
+def is_bundled(model: Path) -> bool:
+    """Whether a model is the bundled one."""
+    return model == reference_model_path()
 
 
 def run(setting: Setting, planned: Planned, output: Path) -> None:

@@ -3,7 +3,7 @@
 python benchmarks/tables.py
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ablation_tables import ablation_parts, calibration_parts
@@ -30,7 +30,7 @@ paper's methods. What did not work stands in the [log](log.md).
 BY_SHARE = """## By share of the tokens: loss against dense attention
 
 `Budget(fraction, minimum=48, sinks=4, recent=16)`: here methods read as many tokens, not as many bytes. Bytes count
-K/V {counted}.
+K/V in 16 bits.
 """
 
 
@@ -49,27 +49,19 @@ def main() -> None:
 
 def results_document(folder: Path, pictures: Path) -> str:
     """All of docs/results.md; studies that are not in ``folder`` are left out, pictures drawn into ``pictures``."""
-    perplexity, retrieval = (load_results(folder / f"{name}.json") for name in ("wikitext2", "retrieval"))
+    perplexity = load_results(folder / "wikitext2.json")
     losses = by_variant(perplexity.results)
     dense = losses[next(iter(losses))]["perplexity_over_dense"].config["dense_perplexity"]
     parts = [
         INTRODUCTION,
         *equal_bytes_parts(folder, pictures),
-        BY_SHARE.format(counted=counted(perplexity.results)),
+        BY_SHARE,
         paragraph(
-            f"WikiText-2 test: {windows(perplexity.results)} windows of 2048 tokens, the second half scored; dense "
+            f"WikiText-2 test: {perplexity.results[0].n} windows of 2048 tokens, the second half scored; dense "
             f"perplexity {dense:.2f}. Intervals: 95 %, bootstrap over windows."
         ),
         *(loss_table(losses, fraction) for fraction in ("1/8", "1/16", "1/32")),
         made_by(perplexity.environment),
-        "## By share of the tokens: facts hidden in held-out prose\n",
-        paragraph(
-            f"{retrieval.results[0].n} questions a length, the three kinds of needle in turn, the same for every method; "
-            "exact match of the whole answer. In brackets: questions lost to / won over dense attention. Intervals: 95 %, "
-            "Wilson."
-        ),
-        *(retrieval_table(retrieval.results, length) for length in (1024, 2048, 4096)),
-        made_by(retrieval.environment),
         *ablation_parts(folder),
         *calibration_parts(folder),
     ]
@@ -83,20 +75,6 @@ def by_variant(results: Iterable[Result]) -> dict[str, dict[str, Result]]:
         if result.config["method"] != "dense":
             found.setdefault(str(result.config["variant"]), {})[result.metric] = result
     return found
-
-
-def counted(results: Sequence[Result]) -> str:
-    """How many bits a number of K and V is counted as: 16 by ``evaluation.reading``, in older files the model's own."""
-    return (
-        "in 16 bits"
-        if "rule" in results[0].config and "unit" in results[0].config
-        else "as the float32 that this model ran in"
-    )
-
-
-def windows(results: Sequence[Result]) -> int:
-    """How many windows the losses were measured on."""
-    return results[0].n
 
 
 def loss_table(losses: Mapping[str, Mapping[str, Result]], fraction: str) -> str:
@@ -135,29 +113,6 @@ def short_table(losses: Mapping[str, Mapping[str, Result]]) -> str:
         name = f"**{variant}**" if variant == "loki" else variant
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def retrieval_table(results: Sequence[Result], length: int) -> str:
-    """Accuracy of every method at one context length, a column a budget."""
-    rows = {str(r.config["variant"]): r for r in results if r.config["length"] == length}
-    dense = rows.pop("dense")
-    names = dict.fromkeys(name.split(" @ ")[0] for name in rows)
-    fractions = ("1/8", "1/16", "1/64")
-    lines = [
-        f"### {length} tokens: dense {dense.value:.1%} {interval(dense, 100, '.1f')}\n",
-        "| method | " + " | ".join(fractions) + " |",
-        "|---|---|---|---|",
-    ]
-    for name in names:
-        cells = (retrieval_cell(rows[f"{name} @ {fraction}"]) for fraction in fractions)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def retrieval_cell(result: Result) -> str:
-    """Accuracy, interval, questions lost and won."""
-    lost, won = result.config["lost_to_dense"], result.config["won_over_dense"]
-    return f"{result.value:.1%} {interval(result, 100, '.1f')} ({lost} / {won})"
 
 
 if __name__ == "__main__":

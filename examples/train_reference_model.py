@@ -5,9 +5,9 @@ Knows the recipe, the generated sequences and how to go on after an interruption
     python examples/train_reference_model.py --text novels/ wiki.train.tokens.txt --out my-model
 
 The bundled model took 36 million tokens, about 95 minutes on two CPU cores; `--kv-heads 1` makes one like it whose four heads
-share their keys, `--size large` one of 24 million parameters and 8192 tokens of context, for a GPU. Until the run is finished
-everything lies in `OUT.partial`; after an interruption the same command goes on from the last checkpoint, to the weights of
-an undisturbed run.
+share their keys, `--size large` one of 24 million parameters and 8192 tokens of context, for a GPU. `--start-from` begins
+with a trained model; one of fewer key heads then needs a fifth of the tokens. Until the run is finished everything lies in
+`OUT.partial`; after an interruption the same command goes on from the last checkpoint, to the weights of an undisturbed run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from training_sequences import (
     Corpus,
@@ -142,6 +142,20 @@ def build_model(recipe: Recipe, positions: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def take_weights(model: LlamaForCausalLM, path: Path) -> None:
+    """Sets a model to the weights at ``path``, a key or value head to the mean of those it stands for (Ainslie et al. 2023,
+    arXiv:2305.13245, section 2.1).
+    """
+    weights, own = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict(), model.state_dict()
+    try:
+        for name in (name for name in weights if name.endswith(("k_proj.weight", "v_proj.weight"))):
+            heads = weights[name].unflatten(0, (model.config.num_key_value_heads, -1, model.config.head_dim))
+            weights[name] = heads.mean(1).reshape(own[name].shape)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise SystemExit(f"{path} has another shape than the model to train: {error}") from error
+
+
 def build_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> Optimizers:
     """Muon for the layers' matrices, at Adam's RMS, and AdamW for the embedding and the norms."""
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
@@ -216,6 +230,7 @@ def train(
     out: Path,
     *,
     device: str,
+    start_from: Path | None = None,
     stop_after: int | None = None,
     save_every: int = 200,
 ) -> list[float]:
@@ -225,10 +240,17 @@ def train(
     partial, plan = out.with_name(f"{out.name}.partial"), recipe.plan()
     checkpoint = partial / "checkpoint.pt"
     longest = max(stage.length for stage in plan)
-    corpus = build_corpus(texts, train_tokenizer(texts, recipe.vocabulary), longest)
-    model = build_model(recipe, positions=2 * longest).to(device)
+    model = build_model(recipe, positions=2 * longest)
+    if start_from is None:
+        tokenizer = train_tokenizer(texts, recipe.vocabulary)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(start_from)
+        take_weights(model, start_from)
+    corpus = build_corpus(texts, tokenizer, longest)
+    model.to(device)
     optimizers = build_optimizers(model, recipe)
-    fingerprint = hashlib.sha256(json.dumps(asdict(recipe)).encode() + corpus.ids.numpy().tobytes()).hexdigest()
+    asked = f"{json.dumps(asdict(recipe))} {start_from or ''}"
+    fingerprint = hashlib.sha256(asked.encode() + corpus.ids.numpy().tobytes()).hexdigest()
     partial.mkdir(parents=True, exist_ok=True)
     first = load_checkpoint(checkpoint, fingerprint, model, optimizers, device) if checkpoint.exists() else 0
     last = min(stop_after or len(plan), len(plan))
@@ -258,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="small", help="3.5 or 24 million parameters (default: small)")
     parser.add_argument("--tokens", type=int, help="length of the whole run (default: 36 million; large: 100 million)")
     parser.add_argument("--kv-heads", type=int, choices=(1, 2, 4), help="key heads that the heads share (default: 2)")
+    parser.add_argument("--start-from", type=Path, help="begin with this model's weights and tokenizer")
     parser.add_argument("--steps", type=int, help="stop after this step; the same command without it goes on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
@@ -266,7 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = replace(SIZES[options.size], **{name: value for name, value in wished.items() if value is not None})
     if recipe.tokens < 1 or (options.steps is not None and options.steps < 1):
         parser.error("--tokens and --steps are at least 1")
-    train(recipe, read_texts(options.text), options.out, device=options.device, stop_after=options.steps)
+    texts, start = read_texts(options.text), options.start_from
+    train(recipe, texts, options.out, device=options.device, start_from=start, stop_after=options.steps)
     finished = options.out.exists()
     print(f"the model lies in {options.out}" if finished else f"stopped; to be continued in {options.out}.partial")
 

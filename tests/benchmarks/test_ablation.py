@@ -75,7 +75,7 @@ def test_each_heads_candidate_is_the_one_that_keeps_most() -> None:
 
 
 def test_at_equal_bytes_loki_stands_with_and_without_its_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evidence.at_equal_bytes", lambda setting, names, tail: [*names, tail])
+    monkeypatch.setattr("evidence.at_equal_bytes", lambda setting, names, tail, lengths: [*names, tail])
     names: Any = equal_bytes(None)  # type: ignore[arg-type]
     assert names[0] == "loki:tail=none" and names[-1] == ""
     assert {"dense", "loki"}.isdisjoint(names) and {"random", "quest", "exact-topk"} <= set(names)
@@ -84,5 +84,5 @@ def test_at_equal_bytes_loki_stands_with_and_without_its_tail(monkeypatch: pytes
 def test_budgets_without_sinks_or_recent_and_file_names(tmp_path: Any) -> None:
     assert (without(1 / 8, "sinks").sinks, without(1 / 8, "recent").recent) == (0, 1)
     names = [file_name(study, reference_model_path()) for study in STUDIES]
-    assert names[:3] == ["wikitext2.json", "retrieval.json", "evidence-equal-bytes.json"]
+    assert names[:2] == ["wikitext2.json", "evidence-equal-bytes.json"]
     assert file_name("ablation", tmp_path / "g4") == "evidence-ablation-g4.json"

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loki_attention.data import sample_texts
-from train_reference_model import SIZES, Recipe, Stage, build_model, draw_batch, main, train
+from train_reference_model import SIZES, Recipe, Stage, build_model, draw_batch, main, take_weights, train
 from training_sequences import build_corpus, hidden_facts, read_texts, repeated_segment, train_tokenizer
 
 TINY = Recipe(
@@ -58,6 +58,23 @@ def test_a_stopped_run_goes_on_to_the_same_weights(texts, tmp_path):
     assert halves[0] + halves[1] == whole
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
+
+
+def test_a_run_starts_from_a_model_and_averages_its_key_heads(texts, tmp_path):
+    start, tiny = tmp_path / "start", replace(TINY, tokens=2 * 512)
+    train(replace(tiny, kv_heads=2), texts, start, device="cpu")
+    weights = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict()
+    model = build_model(tiny, positions=512)
+    take_weights(model, start)
+    for name, weight in model.state_dict().items():
+        is_shared = name.endswith(("k_proj.weight", "v_proj.weight"))
+        expected = (weights[name][:32] + weights[name][32:]) / 2 if is_shared else weights[name]
+        torch.testing.assert_close(weight, expected)
+    train(tiny, texts, tmp_path / "model", device="cpu", start_from=start)
+    saved = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (start, tmp_path / "model")]
+    assert saved[0] == saved[1]
+    with pytest.raises(SystemExit, match="another shape"):
+        take_weights(build_model(replace(tiny, hidden=32), positions=512), start)
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(texts, tmp_path):
