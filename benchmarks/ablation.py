@@ -135,6 +135,13 @@ def mean_probability(scores: Tensor, mass: Tensor, deviation: Tensor) -> Tensor:
     return (scores - mass[..., None]).logsumexp(2) + mass.amin(2)[..., None]
 
 
+COMBINATIONS: dict[str, Callable[[], Any]] = {
+    **{f"{n:g} L": partial(combined, tempered(n)) for n in (0, 0.5, 1)},
+    **{f"{n:g} L, exact": partial(combined, tempered(n), exact_mass=True) for n in (0.5, 0.75, 1)},
+    **{f"over sd^{n:g}": partial(combined, over_deviation(n)) for n in (0.5, 0.75, 1)},
+    "mean probability": partial(combined, mean_probability),
+}
+"""How a group's heads agree."""
 CHANGES: dict[str, Callable[[], Any]] = {
     **{f"sample {n}": partial(sample_of, n) for n in (128, 256, 1024)},
     "sample all": partial(sample_of, ALL_TOKENS),
@@ -142,10 +149,7 @@ CHANGES: dict[str, Callable[[], Any]] = {
     "no cap": partial(capped_at, 1e12),
     **{f"kappa x {n:g}": partial(kappa_times, n) for n in (0, 0.5, 2)},
     "query in floats": float_query,
-    **{f"{n:g} L": partial(combined, tempered(n)) for n in (0, 0.5, 1)},
-    **{f"{n:g} L, exact": partial(combined, tempered(n), exact_mass=True) for n in (0.5, 0.75, 1)},
-    **{f"over sd^{n:g}": partial(combined, over_deviation(n)) for n in (0.5, 0.75, 1)},
-    "mean probability": partial(combined, mean_probability),
+    **COMBINATIONS,
 }
 TAIL_CHANGES = tuple(name for name in CHANGES if name.startswith(("cap", "no cap", "kappa")))
 """Changes that mean nothing without a tail; the caps nothing without the linear one."""

@@ -5,7 +5,7 @@
 
 ``wikitext2`` is the table by share of tokens, ``equal-bytes`` and ``tails`` are those by share of bytes, ``ablation`` and
 ``calibration`` change one thing at a time. ``--model`` takes another model for the ablation, of G = 4 say
-(``examples/train_reference_model.py`` trains one), without the layouts of planes; its file is named after it.
+(``examples/train_reference_model.py`` trains one), which is asked how a group's heads agree alone; its file is named after it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ablation import CHANGES, TAIL_CHANGES, Changed, per_head
+from ablation import CHANGES, COMBINATIONS, TAIL_CHANGES, Changed, per_head
 from loki_attention import Budget, KeyBasis, LokiWarning, calibrate
 from loki_attention.core.candidates import CANDIDATES
 from loki_attention.core.planes import Planes
@@ -124,7 +124,7 @@ def at_equal_bytes(setting: Setting, names: Sequence[str], tail: str, lengths: S
 
 
 def ablation(setting: Setting) -> Planned:
-    """One change at a time, at two budgets, without a tail and with the linear one."""
+    """One change at a time at two budgets, without and with the tail; of another model what concerns a group's heads."""
     basis = setting.basis(2048)
     rows: list[Variant] = []
     for fraction, tail in product(ABLATED_AT, ("none", "linear")):
@@ -136,15 +136,15 @@ def ablation(setting: Setting) -> Planned:
         ) -> Variant:
             return Variant(name=f"{name}, {at}", **{**common, **changes})
 
-        rows.append(row("loki"))
+        rows += [row("loki"), row("per query head", per="query-head")]
         if is_bundled(setting.model_path):
             rows += [row(f"{planes}", planes=str(planes)) for planes in every_planes(basis.spec.head_dim)]
-        others = {name: basis.with_candidate(name) for name in CANDIDATES} | {"per head": per_head(basis)}
-        rows += [row(name, basis=other) for name, other in others.items()]
-        rows.append(row("per query head", per="query-head"))
-        rows += [row(f"no {name}", budget=without(share, name)) for name in ("sinks", "recent")]
-        rows.append(row("layer 0 sparse", layers={0: "sparse"}))
-        for change in (name for name in CHANGES if tail == "linear" or name not in TAIL_CHANGES):
+            others = {name: basis.with_candidate(name) for name in CANDIDATES} | {"per head": per_head(basis)}
+            rows += [row(name, basis=other) for name, other in others.items()]
+            rows += [row(f"no {name}", budget=without(share, name)) for name in ("sinks", "recent")]
+            rows.append(row("layer 0 sparse", layers={0: "sparse"}))
+        changes = CHANGES if is_bundled(setting.model_path) else COMBINATIONS
+        for change in (name for name in changes if tail == "linear" or name not in TAIL_CHANGES):
             rows.append(Changed(name=f"{change}, tail {tail} @ {fraction}", change=change, **common))
         if tail == "linear":
             rows.append(row("tail mean", at=f"@ {fraction}", tail="mean"))

@@ -68,6 +68,27 @@ def equal_bytes_parts(folder: Path, pictures: Path) -> list[str]:
     return parts
 
 
+def short_parts(folder: Path) -> list[str]:
+    """What README.md shows of the study: KL and the hardest answers of those that run as they count; empty without its file."""
+    file = saved(folder / FILE)
+    if file is None:
+        return []
+    study = study_of(file.results, runs_as_counted)
+    hardest = min(filter(is_retrieval, study.columns), key=lambda column: study.dense[column].value)
+    names = dict.fromkeys(name for rows in study.points.values() for name in rows if name in study.rivals)
+    lines = [["dense", *[short_cell(study.dense, hardest)] * len(study.points)]]
+    for name in names:
+        cells = [short_cell(rows[name], hardest) if name in rows else NOT_SO_LITTLE for rows in study.points.values()]
+        lines.append([f"**{name}**" if name == OURS else name, *cells])
+    return [markdown([f"KL from dense x 1000 · {hardest} found", *study.points], lines), made_by(file.environment)]
+
+
+def short_cell(found: Mapping[str, Result], family: str) -> str:
+    """KL and the share of answers."""
+    loss = f"{1000 * found[KL].value:.2f}" if KL in found else NOT_SO_LITTLE
+    return f"{loss} · {found[family].value:.1%}" if family in found else f"{loss} · {NOT_SO_LITTLE}"
+
+
 def measured(study: Study) -> str:
     """What the study was measured on."""
     windows = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ablation_tables import ablation_parts, calibration_parts
-from evidence_tables import equal_bytes_parts
+from evidence_tables import equal_bytes_parts, short_parts
 from loki_attention.results import Result, load_results
 from speed_tables import short_tables, speed_document
 from table_parts import between, interval, kl, made_by, paragraph, write
@@ -38,7 +38,9 @@ def main() -> None:
     """Read the result files and write both documents."""
     write(ROOT / "docs" / "results.md", results_document(RESULTS, PICTURES))
     perplexity = load_results(RESULTS / "wikitext2.json")
-    short = "\n".join([short_table(by_variant(perplexity.results)), made_by(perplexity.environment)])
+    short = "\n".join(
+        [short_table(by_variant(perplexity.results)), made_by(perplexity.environment), *short_parts(RESULTS)]
+    )
     readme = between((ROOT / "README.md").read_text(encoding="utf-8"), BEGIN, END, short)
     speed, short_speed = speed_document(RESULTS), short_tables(RESULTS)
     if speed is not None and short_speed is not None:

@@ -15,6 +15,7 @@ from evidence_tables import (
     line,
     point_tables,
     sentences,
+    short_parts,
     verdict,
 )
 from loki_attention.results import Result, save_results
@@ -171,6 +172,18 @@ def test_with_tails_all_but_the_bound_compete() -> None:
 def test_a_word_where_all_columns_agree() -> None:
     assert (verdict(["noise", "noise"]), verdict(["worse"]), verdict([None])) == ("within noise", "worse", "cannot")
     assert verdict(["worse", "best", "noise", "best"]) == "2 best, 1 within noise, 1 worse"
+
+
+def test_the_short_table_has_the_hardest_family_and_those_that_run_as_they_count(tmp_path: Path) -> None:
+    assert short_parts(tmp_path) == []
+    harder = [answers(name, HALF, family="multi-key", length=4096) for name in ("dense", "loki @ bytes=1/8")]
+    save_results(tmp_path / FILE, [*PLAIN, *harder], MADE_BY)
+    table, source = short_parts(tmp_path)
+    assert table.splitlines()[0] == "| KL from dense x 1000 · multi-key 4K found | 1/8 | 1/16 |"
+    assert "| **loki** | 27.50 · 50.0% | cannot · cannot |" in table
+    assert "| dense | 0.00 · 50.0% | 0.00 · 50.0% |" in table
+    assert "quest" not in table and "exact-topk" not in table
+    assert MADE_BY.command in source
 
 
 def test_a_study_without_its_file_is_left_out(tmp_path: Path) -> None:
