@@ -1,6 +1,6 @@
 """Shows a method that watches every row those that it does not answer: of prompts, and where its budget covers all."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from transformers.cache_utils import Cache
@@ -39,7 +39,11 @@ def show_dense_rows(tensors: Tensors, method: WatchingMethod, rows: Rows, found:
     """Let the method note the forward's rows before the first sparse one; all of them where there is none."""
     if isinstance(found, str) and tensors.store is None:
         return
-    stop = rows.tokens.shape[1] if isinstance(found, str) else found.start
+    _show(tensors, method, rows, rows.tokens.shape[1] if isinstance(found, str) else found.start)
+
+
+def _show(tensors: Tensors, method: WatchingMethod, rows: Rows, stop: int) -> None:
+    """Let the method note the first ``stop`` rows, a few at a time."""
     batch, heads, count, dim = tensors.query.shape
     slots = tensors.keys.shape[2]
     own = own_slots(rows)
@@ -55,10 +59,12 @@ def show_dense_rows(tensors: Tensors, method: WatchingMethod, rows: Rows, found:
         method.watch(Step(tensors.query[:, :, part], before, some, k, tensors.scale, None, tensors.softmax))
 
 
-def notes_in(cache: Cache, layers: Collection[int]) -> dict[int, Watched]:
-    """What these layers' methods noted of the rows so far."""
-    stores = {layer: store_of(cache, layer) for layer in layers}
-    return {layer: store.watched for layer, store in stores.items() if store is not None}
+def notes_of_prompt(tensors: Tensors, method: WatchingMethod) -> Watched:
+    """What a layer's method notes of a dense prompt of one sequence."""
+    count, device = tensors.query.shape[2], tensors.query.device
+    watched = Watched(method.owner, count, prompt_tokens=torch.tensor([count], device=device))
+    _show(tensors._replace(watched=watched), method, Rows.of_whole_prompts(1, count, count, device), count)
+    return watched
 
 
 def take_over(cache: Cache, notes: Mapping[int, Watched], methods: Mapping[int, WatchingMethod]) -> None:
