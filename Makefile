@@ -93,8 +93,8 @@ bench-cpu: $(STAMP) ## the speed tables of record, on an otherwise idle machine 
 	$(BIN)/python benchmarks/tables.py
 
 # The Python at hand and nothing set up: a machine with a GPU may see no package index. PYTHON names another.
-GPU_TESTS := tests/kernels/test_triton.py tests/kernels/test_triton_dense.py tests/kernels/test_triton_operators.py \
-	tests/kernels/test_triton_gpu.py tests/integrations/test_triton_backend.py tests/integrations/test_static_gpu.py
+GPU_TESTS := tests/kernels/test_triton.py tests/kernels/test_triton_select.py tests/kernels/test_triton_dense.py \
+	tests/kernels/test_triton_operators.py tests/kernels/test_triton_gpu.py tests/integrations/test_triton_backend.py tests/integrations/test_static_gpu.py
 
 # Compiling takes most of the time: processes share it where pytest-xdist is installed. After LIMIT the run is interrupted, and
 # still says what it found; REPORT=FILE.xml keeps that in a file.

@@ -82,30 +82,41 @@ def _hardware(device: Any, folder: Path, deadline: float, report: Report) -> Non
 
 
 def _attention(device: Any, folder: Path, deadline: float, report: Report) -> None:
-    import torch
+    from loki_attention.benchmarking.gpu_attention import GpuSuite, turns_of_record
+    from loki_attention.benchmarking.layers import Case, Heads
+
+    turns, suite = turns_of_record(), GpuSuite()
+    if device.type == "cpu":
+        turns = [(Case(heads=Heads.parse("4/2/64"), batch=1, tokens=200), False)]
+        suite = GpuSuite(planes=("32@4",), fractions=("1/4",), rounds=1, rotated_bytes=1)
+    for results in _steps(turns, suite, device, deadline, report):
+        _save(folder / "gpu-attention.json", results)
+
+
+def _steps(turns: Any, suite: Any, device: Any, deadline: float, report: Report) -> Iterator[list[Any]]:
+    """All results so far, after every turn; a case's second turn takes the place of its first."""
+    from dataclasses import replace
+
     from rich.console import Console
     from rich.progress import track
 
-    from loki_attention.benchmarking.gpu_attention import GpuSuite, cases_of_record, measure
-    from loki_attention.benchmarking.layers import Case, Heads
+    from loki_attention.benchmarking.gpu_attention import measure
 
-    if device.type == "cpu":
-        cases = [Case(heads=Heads.parse("4/2/64"), batch=1, tokens=200)]
-        suite = GpuSuite(cases=cases, planes=("32@4",), fractions=("1/4",), rounds=1, rotated_bytes=1, flex=False)
-    else:
-        cases = cases_of_record(torch.cuda.mem_get_info()[0] // 3)
-        suite = GpuSuite(cases=cases)
-    results: list[Any] = []
-    for case in track(cases, description="attention", console=Console(stderr=True)):
-        if reason := _why_not(0, deadline, device):
-            report.leave_out(str(case), reason)
+    found: dict[str, Any] = {}
+    for case, flex in track(turns, description="attention", console=Console(stderr=True)):
+        what = f"{case}, with FlexAttention" if flex else str(case)
+        # Two copies, and the reference's K and V in float32.
+        if reason := _why_not(5 * case.kv_bytes, deadline, device):
+            report.leave_out(what, reason)
             continue
-        measured = report.attempt(str(case), lambda case=case: measure(case, suite, device))
+        measured = report.attempt(what, partial(measure, case, replace(suite, flex=flex), device))
+        # Of one function torch compiles but a few shapes, and then runs it uncompiled.
+        _forget_graphs()
         if measured is not None:
-            results += measured.results
-            _save(folder / "gpu-attention.json", results)
+            found[str(case)] = measured.results
             for name, reason in measured.left_out:
-                report.leave_out(f"{case}: {name}", reason)
+                report.leave_out(f"{what}: {name}", reason)
+            yield [one for results in found.values() for one in results]
 
 
 def _generate(device: Any, folder: Path, deadline: float, report: Report) -> None:
@@ -148,7 +159,7 @@ def _generations(suite: Any, device: Any, deadline: float, report: Report) -> It
 
 
 def _forget_graphs() -> None:
-    """Free what a compiled step that failed holds."""
+    """Free what compiled functions hold."""
     import torch
 
     torch.compiler.reset()
@@ -182,7 +193,7 @@ def _why_not(cache_bytes: int, deadline: float, device: Any) -> str:
         gc.collect()
         torch.cuda.empty_cache()
         if 1.2 * cache_bytes > torch.cuda.mem_get_info()[0]:
-            return f"its caches need {cache_bytes / 1e9:.0f} GB"
+            return f"it needs {cache_bytes / 1e9:.0f} GB"
     return ""
 
 

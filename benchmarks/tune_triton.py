@@ -49,7 +49,7 @@ def candidates(*, dry: bool) -> Iterator[Any]:
     if dry:
         yield from (Tuning(attend_block=block) for block in (32, 64))
         return
-    choices = itertools.product((512, 1024, 2048), (32, 64), (1, 2, 4), (3, 5), (2, 4, 8), (2048, 8192))
+    choices = itertools.product((512, 1024, 2048), (32, 64), (1, 2, 4), (3, 5), (2, 4, 8), (4096, 16384))
     for score, block, warps, stages, programs, slots in choices:
         yield Tuning(
             score_block=score, attend_block=block, attend_warps=warps, attend_stages=stages, programs_per_processor=programs,
@@ -95,13 +95,10 @@ def steps_of(case: Any, copies_and_twins: list[Any], tuning: Any) -> list[partia
     import torch
 
     from loki_attention.core.budget import Budget
-    from loki_attention.kernels.triton import arguments, launch
-    from loki_attention.kernels.triton.stages import StepKernels
-    from loki_attention.kernels.triton.workspace import Workspace
+    from loki_attention.kernels.triton import launch
 
     budget, (first, twins) = Budget(fraction=1 / 8), copies_and_twins[0]
-    shape, device = arguments.shape_of(*first[:3]), first.keys.device
-    space = Workspace(StepKernels(twins.encoder, shape, case.dtype, device, tuning, None).needs, device)
+    space = launch.workspace_of(twins.encoder, *first[:3], tuning)
     k, out = budget.of_each(first.stop), torch.empty_like(first.query)
     return [
         partial(

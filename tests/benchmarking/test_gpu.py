@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loki_attention.benchmarking import gpu_attention, gpu_dense, gpu_hardware
-from loki_attention.benchmarking.gpu_attention import GpuSuite, cases_of_record, measure
+from loki_attention.benchmarking.gpu_attention import GpuSuite, measure, turns_of_record
 from loki_attention.benchmarking.gpu_hardware import hardware_questions
 from loki_attention.benchmarking.layers import Case, Heads
 from loki_attention.errors import LokiError
@@ -27,7 +27,7 @@ if not availability.interpreted() or availability.problem() is not None:
 
 ROOT, CPU = Path(__file__).parents[2], torch.device("cpu")
 CASE = Case(heads=Heads(2, 1, 64), batch=1, tokens=128)
-SUITE = GpuSuite(cases=[CASE], planes=("16@4",), fractions=("1/2",), rounds=1, rotated_bytes=1, flex=False)
+SUITE = GpuSuite(planes=("16@4",), fractions=("1/2",), rounds=1, rotated_bytes=1, flex=False)
 
 
 @pytest.mark.slow
@@ -141,11 +141,16 @@ def test_the_rows_that_a_probe_reads_are_those_asked_for() -> None:
     torch.testing.assert_close(totals.sum(), rows[order].float().sum(), atol=1e-3, rtol=1e-4)
 
 
-def test_the_matrix_leaves_out_what_does_not_fit() -> None:
-    every = cases_of_record(1 << 40)
-    assert len(every) == 11
-    assert [(case.batch, case.tokens) for case in every[:3]] == [(32, 32768), (8, 32768), (1, 32768)]
-    assert all(2 * case.kv_bytes <= 1 << 30 for case in cases_of_record(1 << 30))
+def test_the_matrix_begins_with_what_matters_most() -> None:
+    """Every length at every batch, each case with FlexAttention once; what is measured twice comes last."""
+    turns = turns_of_record()
+    assert [(case.batch, case.tokens, flex) for case, flex in turns[:3]] == [(n, 32768, True) for n in (32, 8, 1)]
+    with_flex = [case for case, flex in turns if flex]
+    assert len(set(with_flex)) == len(with_flex) == 18
+    batches = {"32/8/128": {1, 8, 32, 64}, "40/40/128": {8, 32}}
+    expected = {(heads, batch, n) for heads, some in batches.items() for batch in some for n in (8192, 32768, 131072)}
+    assert {(str(case.heads), case.batch, case.tokens) for case in with_flex} == expected
+    assert [case for case, _ in turns[3:18]] == [case for case, _ in turns[18:]] and not any(f for _, f in turns[3:18])
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 import gpu
 import gpu_tables
 from evaluation_rows import MADE_BY
-from loki_attention.benchmarking import generate
+from loki_attention.benchmarking import generate, gpu_attention
 from loki_attention.benchmarking.generate import DEFAULT, LOKI, STATIC
 from loki_attention.results import Result, SavedResults
 
@@ -54,6 +54,31 @@ def test_variants_are_measured_together_where_their_caches_fit(monkeypatch):
 def test_what_fails_is_found_alone_and_only_ours_is_a_failure(monkeypatch):
     assert measured(monkeypatch, Generations(STATIC), 30) == ([(DEFAULT,), (LOKI,)], False)
     assert measured(monkeypatch, Generations(LOKI), 30) == ([(DEFAULT,), (STATIC,)], True)
+
+
+def test_a_second_turn_takes_the_place_of_the_first(monkeypatch, capsys):
+    """Results stay in the order of the first turns; what fails or does not fit leaves those that there are."""
+
+    def measure(case: SimpleNamespace, suite: gpu_attention.GpuSuite, device: torch.device) -> SimpleNamespace:
+        if suite.flex and case.name == "b":
+            raise RuntimeError("no compiler")
+        return SimpleNamespace(
+            results=(f"{case.name}, flex {suite.flex}",), left_out=[("sdpa, cudnn", "no such shape")]
+        )
+
+    class Named(SimpleNamespace):
+        def __str__(self) -> str:
+            return self.name
+
+    monkeypatch.setattr(gpu_attention, "measure", measure)
+    monkeypatch.setattr(gpu, "_why_not", lambda size, deadline, device: "too large" if size > 10 else "")
+    a, b, large = (Named(name=name, kv_bytes=size) for name, size in (("a", 2), ("b", 2), ("large", 3)))
+    turns = [(a, False), (large, False), (b, False), (a, True), (b, True)]
+    report = gpu.Report()
+    *_, last = gpu._steps(turns, gpu_attention.GpuSuite(), CPU, time.monotonic() + 60, report)
+    assert last == ["a, flex True", "b, flex False"] and report.failed
+    said = capsys.readouterr().err
+    assert "left out: large: too large" in said and "left out: a: sdpa, cudnn: no such shape" in said
 
 
 def test_a_part_that_fails_does_not_keep_the_others_from_running(monkeypatch, tmp_path: Path, capsys):

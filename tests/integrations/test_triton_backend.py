@@ -1,5 +1,6 @@
 """Models on the Triton kernels: decode steps equal the torch backend's, and reports say what ran."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from loki_attention import LokiError, attach
 from loki_attention.core.budget import Budget
 from loki_attention.kernels.triton.encoder import TritonEncoder
 from models import random_ids, tiny_basis, tiny_model
+from static_caches import static_cache
 from triton_cases import DEVICE
 from triton_rounding import assert_same_logits, assert_same_slots, assert_same_tokens
 
@@ -67,6 +69,18 @@ def test_a_placed_model_answers_as_a_plain_one(tmp_path: Path) -> None:
             logits.append(model(ids[:, 120:], past_key_values=cache).logits)
             assert handle.report().sparse_steps > 0
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_static_cache_goes_by_the_break_even_of_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[attach.__module__], "break_even", lambda shape: 122 if shape.captured else 124)
+    model, basis, ids = tiny_model(dtype=torch.float32).to(DEVICE), tiny_basis(), random_ids(1, 124).to(DEVICE)
+    for cache, expected, below in ((static_cache(model), 3, 122), (DynamicCache(config=model.config), 1, 124)):
+        with attach(model, basis, budget=BUDGET, dense_below="break-even", backend="triton") as handle:
+            for a, b in ((0, 120), (120, 121), (121, 122), (122, 123), (123, 124)):
+                model(ids[:, a:b], past_key_values=cache)
+            report = handle.report()
+        assert report.layers[1].sparse_steps == expected and f"dense below {below} tokens" in str(report)
 
 
 def test_what_has_no_kernels_is_refused() -> None:

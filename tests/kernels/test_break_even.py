@@ -21,7 +21,7 @@ from loki_attention.kernels.break_even import (
     curve,
     measure,
 )
-from loki_attention.kernels.triton import availability
+from loki_attention.kernels.triton import availability, workspace
 
 if not native.available():
     pytest.skip("the native extension is not built", allow_module_level=True)
@@ -172,7 +172,13 @@ def test_float_planes_have_no_native_step():
 def test_the_triton_kernels_have_a_break_even_of_their_own(monkeypatch):
     ours = replace(SHAPE, backend="triton", heads=2, kv_heads=1)
     assert "triton" in ours.key and ours.key != replace(ours, backend="native").key
+    assert ours.key != replace(ours, captured=True).key
+    with pytest.raises(ArgumentError, match="captured steps are those of the triton backend, got 'native'"):
+        replace(ours, backend="native", captured=True)
     monkeypatch.setattr(module, "_lengths", lambda shape: [256])
-    found = measure(ours, rounds=1)
-    assert [point.tokens for point in found.points] == [256]
-    assert all(point.dense > 0 and point.sparse > 0 for point in found.points)
+    held = dict(workspace._held)
+    for shape in (ours, replace(ours, captured=True)):
+        found = measure(shape, rounds=1)
+        assert [point.tokens for point in found.points] == [256]
+        assert all(point.dense > 0 and point.sparse > 0 for point in found.points)
+    assert workspace._held == held, "a graph would work in memory that the next longer step replaces"

@@ -70,10 +70,11 @@ def test_strided_views_of_a_larger_cache_are_read_in_place() -> None:
 
 def test_an_empty_sequence_gives_zeros() -> None:
     layer = on_device(CASES[0].layer())
-    stop = torch.tensor([0, 100], device=DEVICE)
-    found = launch.dense_decode(*layer[:3], Spans(None, stop), 0.125, tuning=LONG.tuning(layer.keys))
-    assert not found[0].any()
-    assert found[1].any()
+    visible, cut = Spans(None, torch.tensor([0, 100], device=DEVICE)), LONG.tuning(layer.keys)
+    for sinks in (None, torch.full((layer.query.shape[1],), -200.0, device=DEVICE)):
+        found = launch.dense_decode(*layer[:3], visible, 0.125, tuning=cut, learned_sinks=sinks)
+        assert not found[0].any()
+        assert found[1].any()
 
 
 def test_what_the_kernels_cannot_take_is_refused() -> None:

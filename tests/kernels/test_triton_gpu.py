@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 from helpers import Shape
 from kernel_cases import FRACTION, Case
+from loki_attention.core.budget import Budget
 from loki_attention.core.encoder import ENCODER_TENSORS
+from loki_attention.kernels import break_even
 from loki_attention.kernels.rows import Spans
 from loki_attention.kernels.triton import launch, operators
 from triton_cases import DEVICE, prepared, workspace
@@ -83,6 +86,28 @@ def test_a_compiled_decode_step_with_reduced_overhead() -> None:
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         torch.testing.assert_close(compiled(ready.layer.query), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_break_even_of_captured_steps_is_apart_from_that_of_launched_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense and sparse of two lengths are a graph each, replayed once to try it out and once a round."""
+    replayed = list[torch.cuda.CUDAGraph]()
+
+    class Graph(torch.cuda.CUDAGraph):
+        def replay(self) -> None:
+            replayed.append(self)
+            super().replay()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(break_even, "_LONGEST", 512)
+    shape = break_even.BreakEvenShape(
+        heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, planes="16@4+32@2", budget=Budget(tokens=64), batch=2,
+        backend="triton",
+    )  # fmt: skip
+    for captured, replays in ((False, []), (True, [4] * 4)):
+        found = break_even.measure(replace(shape, captured=captured), whole=True, rounds=3)
+        assert [point.tokens for point in found.points] == [256, 512]
+        assert all(point.dense > 0 and point.sparse > 0 for point in found.points)
+        assert sorted(replayed.count(graph) for graph in set(replayed)) == replays
 
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:

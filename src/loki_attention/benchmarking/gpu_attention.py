@@ -29,14 +29,12 @@ FRACTIONS = ("1/8", "1/16", "1/32")
 PLANES = ("32@8", "64@4", "32@4+64@2")
 STAGES = ("open", "score", "select", "attend")
 _LARGEST_ERROR, _LARGEST_TAIL_ERROR = 0.05, 0.01
-_FLEX_TOKENS = 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSuite:
-    """What to measure: cases, planes, fractions, and how often."""
+    """What to measure of a case: planes, fractions, whether FlexAttention is among the rivals, and how often."""
 
-    cases: Sequence[Case]
     planes: Sequence[str] = PLANES
     fractions: Sequence[str] = FRACTIONS
     tail: str = "linear"
@@ -53,22 +51,26 @@ class GpuMeasured(NamedTuple):
     left_out: tuple[LeftOut, ...]
 
 
-def cases_of_record(largest_bytes: int) -> list[Case]:
-    """The matrix, what matters most first: Llama 3 8B's heads at batches 32, 8 and 1, Llama 2 13B's, where K and V fit."""
-    llama = Heads.parse("32/8/128")
-    made = [Case(heads=llama, batch=batch, tokens=tokens) for tokens in (32768, 131072, 8192) for batch in (32, 8, 1)]
-    made += [Case(heads=Heads.parse("40/40/128"), batch=8, tokens=tokens) for tokens in (32768, 8192)]
-    return [case for case in made if 2 * case.kv_bytes <= largest_bytes]
+def turns_of_record() -> list[tuple[Case, bool]]:
+    """The matrix, what matters most first: cases, and whether FlexAttention is among their rivals.
+
+    Llama 3 8B's heads at 32K, then at other lengths, Llama 2 13B's, and larger batches of both. To compile FlexAttention for
+    a shape takes long: but for the first, cases have it in a second turn, at the end, where all is measured again.
+    """
+    llama3, llama2, lengths = Heads.parse("32/8/128"), Heads.parse("40/40/128"), (32768, 131072, 8192)
+    sizes = [(llama3, batch, tokens) for tokens in lengths for batch in (32, 8, 1)]
+    sizes += [(llama2, 8, tokens) for tokens in (32768, 8192, 131072)]
+    sizes += [(heads, batch, tokens) for heads, batch in ((llama3, 64), (llama2, 32)) for tokens in lengths]
+    cases = [Case(heads=heads, batch=batch, tokens=tokens) for heads, batch, tokens in sizes]
+    with_flex = [(case, True) for case in cases]
+    return [*with_flex[:3], *((case, False) for case in cases[3:]), *with_flex[3:]]
 
 
 def measure(case: Case, suite: GpuSuite, device: torch.device) -> GpuMeasured:
     """Every provider's time on a case. Raises ``LokiError`` where one of ours returns something wrong."""
     with torch.inference_mode():
         copies = draw_copies(case, device, rotated_bytes=suite.rotated_bytes)
-        # Compiling it takes half a minute: at one length is enough.
-        dense, left_out = dense_providers(
-            case, copies, flex=suite.flex and case.tokens == _FLEX_TOKENS and case.batch < 32
-        )
+        dense, left_out = dense_providers(case, copies, flex=suite.flex)
         timed = [*dense, *(one for planes in suite.planes for one in _sparse(case, copies, planes, suite))]
         timed, wrong = _right(case, timed)
         names = {f"{i}": one for i, one in enumerate(timed)}

@@ -89,13 +89,16 @@ def _rivals(case: Case, *, flex: bool) -> tuple[dict[str, _Attempt], list[LeftOu
     for name, backend in backends.items():
         attempts[f"sdpa, {name}"] = partial(_within, backend, plain)
         attempts[f"sdpa, {name}, packed"] = partial(_within, backend, packed)
+    left_out = list[LeftOut]()
     if flex:
         attempts["flex attention"] = partial(_flex, case)
+    else:
+        left_out.append(LeftOut("flex attention", "not compiled in this turn"))
     if importlib.util.find_spec("flashinfer") is None:
-        return attempts, [LeftOut("flashinfer", "not installed")]
+        return attempts, [*left_out, LeftOut("flashinfer", "not installed")]
     attempts["flashinfer"] = FlashInferDecode(case, tensor_cores=False)
     attempts["flashinfer, tensor cores"] = FlashInferDecode(case, tensor_cores=True)
-    return attempts, []
+    return attempts, left_out
 
 
 def _within(backend: SDPBackend, attempt: _Attempt, layer: GpuLayer) -> Tensor:

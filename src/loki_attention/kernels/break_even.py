@@ -1,8 +1,8 @@
 """From which length on a sparse step is faster than dense attention here: measured once per machine and shape, then kept.
 
-Knows Loki's step on the native or the Triton kernels, with the low-rank key of the new token, and their dense decode. Steps
-on a GPU are launched one by one, as an attached model launches them. Nothing here depends on a model's values: packed keys
-are random bytes, so the selection is random, the worst case for memory.
+Knows Loki's step on the native or the Triton kernels, with the low-rank key of the new token, and their dense decode. On a
+GPU steps that are launched one by one and captured ones are told apart: a sparse step has more to launch. Nothing here
+depends on a model's values: packed keys are random bytes, so the selection is random, the worst case for memory.
 """
 
 import json
@@ -45,7 +45,7 @@ class BreakEvenShape:
     """What a break-even depends on beside the machine.
 
     ``planes`` as text, ``dtype`` of K and V. ``batch`` counts as the next power of two, ``threads`` default to torch's.
-    ``backend`` is native or triton.
+    ``backend`` is native or triton; ``captured``: of steps in a CUDA graph, where launching costs nothing.
     """
 
     heads: int
@@ -58,12 +58,17 @@ class BreakEvenShape:
     batch: int = 1
     threads: int | None = None
     backend: str = "native"
+    captured: bool = False
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim", "batch"):
             check_tokens(name, getattr(self, name), least=1, unit=name)
         if self.heads % self.kv_heads:
             raise ArgumentError(f"{self.heads} heads do not share {self.kv_heads} key heads evenly; give a multiple")
+        if self.captured and self.backend != "triton":
+            raise ArgumentError(
+                f"captured steps are those of the triton backend, got {self.backend!r}; leave captured out"
+            )
         Planes.parse(self.planes).check_fits(self.head_dim)
         check_tail(self.tail)
 
@@ -89,7 +94,7 @@ class BreakEvenShape:
         parts = (
             installed_version("loki-attention"), hardware(), self._runs_on, f"threads={thread_count(self.threads)}",
             f"{self.heads}/{self.kv_heads}/{self.head_dim}", str(self.dtype), self.planes, self.tail, budget,
-            f"batch={self.bucket}",
+            f"batch={self.bucket}", *(["captured"] if self.captured else []),
         )  # fmt: skip
         return "; ".join(parts)
 
@@ -155,7 +160,7 @@ def measure(shape: BreakEvenShape, *, whole: bool = False, rounds: int = ROUNDS)
         calls = {"dense": layer.dense(tokens), "sparse": layer.sparse(tokens)}
         if shape.backend == "triton":
             alone = {name: [call] for name, call in calls.items()}
-            timed = gpu_clock.interleaved(alone, shape.device, rounds=rounds, eager=frozenset(calls))
+            timed = gpu_clock.interleaved(alone, shape.device, rounds=rounds, captured=shape.captured)
         else:
             timed = interleaved(calls, rounds=rounds, before=before, threads=shape.threads)
         points.append(Point(tokens, timed["dense"].p20, timed["sparse"].p20))
@@ -204,22 +209,19 @@ class _Layer:
         batch, dim, longest = shape.bucket, shape.head_dim, _lengths(shape)[-1]
         kind, device = NativeEncoder if shape.backend == "native" else TritonEncoder, shape.device
         self._encoder: Any = kind(_random_encoder(shape).to(device, torch.float32))
-        self._kernels: Any = (
-            native if shape.backend == "native" else import_module("loki_attention.kernels.triton.launch")
-        )
-        self._options = {"threads": shape.threads} if shape.backend == "native" else {}
         self._query = torch.randn(batch, shape.heads, 1, dim).to(device, shape.dtype)
         rows = (batch, shape.kv_heads, longest, dim)
         self._keys, self._values = (torch.empty(rows, dtype=shape.dtype, device=device) for _ in "kv")
         self._packed = self._encoder.buffer(batch, longest)
         sums = _random_sums(batch, shape.kv_heads, dim, self._encoder.tail_rank)
         self._sums = TailSums(*(tensor.to(device) for tensor in sums))
-
-    def _encode(self, keys: torch.Tensor, start: int, stop: int) -> None:
-        if self._shape.backend == "native":
-            native.encode_keys(self._encoder, keys, self._packed, start, stop, threads=self._shape.threads)
-        else:
-            self._encoder.write(keys, self._packed, start, stop)
+        self._kernels: Any = native
+        self._options: dict[str, Any] = {"threads": shape.threads}
+        if shape.backend == "triton":
+            self._kernels = import_module("loki_attention.kernels.triton.launch")
+            # The one that steps share is replaced when a longer one runs, under a graph that was captured in it.
+            layer = (self._query, self._keys, self._values)
+            self._options = {"workspace": self._kernels.workspace_of(self._encoder, *layer)}
 
     def fill(self, tokens: int) -> None:
         """Give the first ``tokens`` slots content: one block over and over, for drawing them all would take seconds."""
@@ -241,12 +243,16 @@ class _Layer:
         keys, values, scale = self._keys[:, :, :tokens], self._values[:, :, :tokens], shape.head_dim**-0.5
         k, budget = shape.budget.of_each(stop), shape.budget
         tail = shape.tail if int(covered_tokens(stop).min()) else "none"
+        options = {**self._options, "newest": True} if shape.captured else self._options
 
         def step() -> object:
-            self._encode(keys, tokens - 1, tokens)
+            if shape.backend == "native":
+                native.encode_keys(self._encoder, keys, self._packed, tokens - 1, tokens, threads=shape.threads)
+            elif not shape.captured:
+                self._encoder.write(keys, self._packed, tokens - 1, tokens)
             return self._kernels.decode_step(
                 self._encoder, self._query, keys, values, self._packed, Spans(None, stop), k, scale,
-                sinks=budget.sinks, recent=budget.recent, tail=tail, sums=self._sums, **self._options,
+                sinks=budget.sinks, recent=budget.recent, tail=tail, sums=self._sums, **options,
             )  # fmt: skip
 
         return step

@@ -18,25 +18,25 @@ Calls = Mapping[str, Sequence[Callable[[], object]]]
 _SCRATCH_BYTES = 512 << 20
 
 
-def interleaved(
-    calls: Calls, device: torch.device, *, rounds: int, eager: frozenset[str] = frozenset()
-) -> dict[str, Timing]:
+def interleaved(calls: Calls, device: torch.device, *, rounds: int, captured: bool = True) -> dict[str, Timing]:
     """Seconds of one callable of every call: ``rounds`` rounds in which each call's graph is replayed once.
 
-    Those named in ``eager`` are launched one by one, by an idle host to an idle GPU, so that launching counts. Raises
+    Calls that are not ``captured`` are launched one by one, by an idle host to an idle GPU, so that launching counts. Raises
     ``ArgumentError`` for fewer than one round, and whatever capturing a call raises.
     """
     check_tokens("rounds", rounds, least=1, unit="rounds")
-    replays = {name: prepared(some, device, graph=name not in eager) for name, some in calls.items()}
+    replays = {name: prepared(some, device, captured=captured) for name, some in calls.items()}
     scratch = torch.zeros(_SCRATCH_BYTES // 4 if device.type == "cuda" else 0, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, replay in replays.items():
-            seconds[name].append(_seconds(replay, device, scratch, wait=name in eager) / len(calls[name]))
+            seconds[name].append(_seconds(replay, device, scratch, wait=not captured) / len(calls[name]))
     return {name: Timing.of(each) for name, each in seconds.items()}
 
 
-def prepared(some: Sequence[Callable[[], object]], device: torch.device, *, graph: bool = True) -> Callable[[], object]:
+def prepared(
+    some: Sequence[Callable[[], object]], device: torch.device, *, captured: bool = True
+) -> Callable[[], object]:
     """One callable that runs all of them; on a GPU a captured graph, once they ran for the first time.
 
     Raises what running or capturing them raises: so it tells what can be timed.
@@ -47,18 +47,18 @@ def prepared(some: Sequence[Callable[[], object]], device: torch.device, *, grap
             call()
 
     run()
-    if device.type != "cuda" or not graph:
+    if device.type != "cuda" or not captured:
         return run
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream(device).wait_stream(stream)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         run()
-    captured.replay()
-    return captured.replay
+    graph.replay()
+    return graph.replay
 
 
 def _seconds(replay: Callable[[], object], device: torch.device, scratch: Tensor, *, wait: bool) -> float:

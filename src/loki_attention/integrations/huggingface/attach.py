@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -74,6 +74,9 @@ def attach(
     if all(plan.method is None for plan in plans.values()):
         warnings.warn("every layer stays dense: nothing will be sparse", LokiWarning, stacklevel=2)
     chosen = choose_backend(backend, _work(model, kind.problem_with_native(request.planes, request.per)))
+    below, below_static = (
+        _break_even(model, request, chosen) if dense_below == BREAK_EVEN else (dense_below, dense_below)
+    )
     return Attached(
         model,
         plans,
@@ -84,7 +87,8 @@ def attach(
             planes=None if request.planes is None else str(request.planes),
             tail=request.tail,
             simulated=kind.why_simulated(request.tail),
-            dense_below=_break_even(model, request, chosen) if dense_below == BREAK_EVEN else dense_below,
+            dense_below=below,
+            dense_below_static=below_static,
             monitor=monitor,
             calibrated_length=basis.record.get("length") if basis is not None and kind.needs_basis else None,
         ),
@@ -188,26 +192,29 @@ def _work(model: PreTrainedModel, missing: str | None = None) -> Work:
     return Work(model.dtype, model.device.type, layout.head_dim, layout.heads // layout.kv_heads, missing)
 
 
-def _break_even(model: PreTrainedModel, request: _Request, backend: Backend) -> int:
-    """The length from which on this machine's sparse steps are faster than its dense ones, for one sequence."""
+def _break_even(model: PreTrainedModel, request: _Request, backend: Backend) -> tuple[int, int]:
+    """The lengths from which on this machine's sparse steps are faster than its dense ones, for one sequence.
+
+    Over a growing cache, and over a static one: a GPU's steps over that are captured.
+    """
     if backend.name == "torch":
         raise ArgumentError(
             "dense_below='break-even' is measured on the native or Triton kernels, and this attachment runs on torch "
             f"({backend.reason}); give a number of tokens"
         )
     layout = HeadLayout.of(text_config(model))
-    return break_even(
-        BreakEvenShape(
-            heads=layout.heads,
-            kv_heads=layout.kv_heads,
-            head_dim=layout.head_dim,
-            dtype=model.dtype,
-            planes=str(request.planes),
-            budget=request.budget,
-            tail=request.tail,
-            backend=backend.name,
-        )
+    shape = BreakEvenShape(
+        heads=layout.heads,
+        kv_heads=layout.kv_heads,
+        head_dim=layout.head_dim,
+        dtype=model.dtype,
+        planes=str(request.planes),
+        budget=request.budget,
+        tail=request.tail,
+        backend=backend.name,
     )
+    launched = break_even(shape)
+    return launched, break_even(replace(shape, captured=True)) if backend.name == "triton" else launched
 
 
 def _check_basis(model: PreTrainedModel, basis: Any) -> None:

@@ -140,7 +140,7 @@ class Attached:
             planes=settings.planes,
             tail=settings.tail,
             simulated=settings.simulated,
-            dense_below=settings.dense_below,
+            dense_below=settings.dense_below if self._static is None else settings.dense_below_static,
             backend=settings.backend,
             layers=layers,
             other_layers={i: kind for i, kind in enumerate(kinds) if i not in self._plans},

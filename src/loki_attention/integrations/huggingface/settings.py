@@ -26,5 +26,7 @@ class Settings:
     tail: str = "none"
     simulated: str | None = None
     dense_below: int = 0
+    dense_below_static: int = 0
+    """The same for steps over a static cache."""
     calibrated_length: int | None = None
     monitor: MonitorSettings | None = None

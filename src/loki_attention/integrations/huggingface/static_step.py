@@ -64,7 +64,7 @@ class StaticSteps:
 
     def __init__(self, plans: Mapping[int, LayerPlan], settings: Settings, original: str) -> None:
         self.original = original
-        self.owner, self.dense_below, self.last = next(_OWNERS), settings.dense_below, max(plans)
+        self.owner, self.dense_below, self.last = next(_OWNERS), settings.dense_below_static, max(plans)
         self._plans, self._sizes = dict(plans), dict[int, tuple[int, int, int]]()
         self._methods = [plan.method for plan in plans.values() if plan.method is not None]
         self.budgets = tuple(dict.fromkeys(method.budget for method in self._methods))

@@ -140,6 +140,6 @@ def attend_kernel(
         output = output_ptr + batch * output_batch + head * G * output_head
         merge_partials(
             peaks, sums, output, output_head, logits_ptr + head * G, kept_ptr + row * G, SPLITS, TAIL > 0, SINKS, MASS, G,
-            GROUP, DIM, PADDED,
+            DIM, PADDED,
         )  # fmt: skip
         tl.store(done_ptr + row, 0)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from loki_attention.results import Result, Setting
 ARCHITECTURES = (80, 90, 100)
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 _JUMP = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+_PREDICATE = re.compile(r"^@!?U?P\w+ ")
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)")
 _WHOLE_NUMBERS = {"start_ptr", "stop_ptr", "tokens_ptr", "rank_ptr", "k_ptr"}
 _WORDS = {
@@ -33,7 +36,8 @@ _OF_THE_MODEL = {"query_ptr", "keys_ptr", "values_ptr", "output_ptr"}
 class Variant:
     """One kernel with its constants. ``marker`` is an instruction that only its loop over tokens has.
 
-    ``tokens`` are those of one turn of the loop, of the whole program where ``marker`` is empty, 0 where none are counted.
+    ``tokens`` are those of one turn of the loop, 0 where none are counted; ``once`` those that a program goes over besides,
+    outside of the loop.
     ``budget``: the most instructions a token that the design allows, None where it says nothing.
     """
 
@@ -46,6 +50,7 @@ class Variant:
     warps: int = 4
     stages: int = 3
     tokens: int = 0
+    once: int = 0
     marker: str = ""
     budget: float | None = None
     constants: dict[str, int] = field(default_factory=dict)
@@ -54,17 +59,18 @@ class Variant:
 class Statistics(NamedTuple):
     """What the compiler made of a variant for an architecture.
 
-    Bytes spilled to local memory, bytes of shared memory, the widest load from global memory in bytes, tensor-core
-    instructions.
+    Bytes spilled to local memory, bytes of shared memory, tensor-core instructions. ``load_bytes``: how wide the narrowest
+    load is of those, widest first, that it takes to bring what the loop over tokens streams: low-rank keys, 16-bit keys, or
+    K and V. None, as ``per_token``, where no tokens are counted.
     """
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    load_bytes: int
     tensor_core: int
     instructions: int
     per_token: float | None
+    load_bytes: int | None
 
 
 def variants() -> tuple[Variant, ...]:
@@ -86,17 +92,17 @@ def variants() -> tuple[Variant, ...]:
         Variant(name="score, 32@4+64@2, group 8", kernel="score", group=8, tokens=block, marker="IDP",
                 warps=tuning.score_warps, constants={**score, "HISTOGRAM": 0})
     )  # fmt: skip
-    for slots in (4096, 8192):
-        warps = tuning.select_warps(slots)
-        made.append(Variant(name=f"select, {slots} slots", kernel="select", tokens=slots, warps=warps,
-                            constants={**common, "SLOTS": slots}))  # fmt: skip
+    for slots in (4096, 8192, 16384):
+        warps, listed = tuning.select_warps(slots), tuning.select_block(slots)
+        made.append(Variant(name=f"select, {slots} slots", kernel="select", tokens=listed, once=slots, marker="STG",
+                            warps=warps, constants={**common, "SLOTS": slots, "BLOCK": listed}))  # fmt: skip
     made += [
         Variant(name="refine", kernel="refine", tokens=block, marker="VOTE", constants=chunked),
         Variant(name="compact", kernel="compact", tokens=block, marker="STG", budget=3.0,
                 constants={name: value for name, value in chunked.items() if name != "VISIBLE"}),
     ]  # fmt: skip
-    whole = {**common, "CAPPED": 0, "SINKS": 0, "SPLITS": 8}
-    for head_dim, dtype in ((128, "bf16"), (64, "bf16"), (80, "fp16"), (256, "bf16"), (128, "fp32")):
+    whole = {**common, "CAPPED": 0, "SINKS": 0, "SPLITS": 64}
+    for head_dim, dtype in ((128, "bf16"), (64, "bf16"), (80, "fp16"), (256, "bf16"), (128, "fp32"), (256, "fp32")):
         cut = tuning_for(90, 1 << (head_dim - 1).bit_length(), 4 if dtype == "fp32" else 2)
         shape: dict[str, Any] = {
             "head_dim": head_dim, "dtype": dtype, "tokens": cut.attend_block, "marker": "HMMA", "warps": cut.attend_warps,
@@ -227,32 +233,55 @@ def _statistics(variant: Variant, made: Any) -> Statistics:
     registers, stack, local = map(int, _USAGE.findall(usage)[0])
     found = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(listing)]
     operations = Counter(_operation(text) for _, text in found)
-    loads = [
-        int(count or 1) * int(bits) // 8
-        for count, bits in re.findall(r"ld\.global\.(?:v(\d)\.)?b(\d+)", made.asm["ptx"])
-    ]
-    loads += [
-        int(size, 16)
-        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x([0-9a-f]+)", made.asm["ptx"])
-    ]
     tensor_core = sum(count for name, count in operations.items() if name in ("HMMA", "IMMA", "HGMMA", "UTCHMMA"))
-    return Statistics(
-        registers, stack + local, made.metadata.shared, max(loads), tensor_core, len(found), _per_token(variant, found)
-    )
+    counted = _over_tokens(variant, found) if variant.tokens else (None, None)
+    return Statistics(registers, stack + local, made.metadata.shared, tensor_core, len(found), *counted)
 
 
-def _per_token(variant: Variant, found: list[tuple[int, str]]) -> float | None:
-    if not variant.tokens:
-        return None
-    inside = found
-    if variant.marker:
-        jumps = [(int(target.group(1), 16), at) for at, text in found if (target := _JUMP.search(text))]
-        loops = [[(at, text) for at, text in found if first <= at <= last] for first, last in jumps if first < last]
-        marked = [loop for loop in loops if any(_operation(text) == variant.marker for _, text in loop)]
-        # The innermost one; kernels that score a sample besides have the larger loop elsewhere.
-        inside = min(marked, key=len)
-    return len(inside) * variant.warps / variant.tokens
+def _over_tokens(variant: Variant, found: list[tuple[int, str]]) -> tuple[float, int]:
+    """Warp instructions a token, and the width of the loads that stream."""
+    jumps = [(int(target.group(1), 16), at) for at, text in found if (target := _JUMP.search(text))]
+    loops = [[(at, text) for at, text in found if first <= at <= last] for first, last in jumps if first < last]
+    marked = [loop for loop in loops if any(_operation(text) == variant.marker for _, text in loop)]
+    # The innermost one; kernels that score a sample besides have the larger loop elsewhere.
+    inside = min(marked, key=len)
+    parts = [(inside, variant.tokens)]
+    if variant.once:
+        parts.append((sorted(set(found) - set(inside)), variant.once))
+    each, warps = _streamed_bytes(variant), variant.warps
+    widths = [narrowest_load([text for _, text in part], each * tokens / (32 * warps)) for part, tokens in parts]
+    return sum(len(part) * warps / tokens for part, tokens in parts), min(widths)
+
+
+def narrowest_load(instructions: Sequence[str], needed: float | int) -> int:
+    """Bytes of the narrowest of the widest loads from global memory that bring ``needed`` bytes to a thread; 0: none do.
+
+    >>> narrowest_load(["LDG.E.128 R4, desc[UR4][R2.64]", "@P0 LDG.E R8, desc[UR4][R6.64]", "STG.E.128 [R2], R4"], 20)
+    4
+    """
+    brought = 0
+    for width in sorted(map(_loaded_bytes, instructions), reverse=True):
+        brought += width
+        if brought >= needed:
+            return width
+    return 0
+
+
+def _loaded_bytes(text: str) -> int:
+    name, *modifiers = _PREDICATE.sub("", text).split()[0].split(".")
+    if name not in ("LDG", "LDGSTS"):
+        return 0
+    return next((_WIDTHS[one] for one in modifiers if one in _WIDTHS), 4)
+
+
+def _streamed_bytes(variant: Variant) -> int:
+    """Bytes that the loop over tokens reads of each: its low-rank key, its 16-bit key, or its padded rows of K and V."""
+    from loki_attention.core.planes import Planes
+
+    if variant.kernel in ("attend", "dense"):
+        return 2 * _padded(variant.head_dim) * (4 if variant.dtype == "fp32" else 2)
+    return Planes.parse(variant.planes).bytes_per_token if variant.kernel == "score" else 2
 
 
 def _operation(text: str) -> str:
-    return re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0]
+    return _PREDICATE.sub("", text).split()[0].split(".")[0]

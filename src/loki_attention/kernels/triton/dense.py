@@ -41,7 +41,6 @@ def dense_kernel(
     if tl.atomic_add(done_ptr + row, 1, sem="acq_rel") == SPLITS - 1:
         output = output_ptr + batch * output_batch + head * G * output_head
         merge_partials(
-            peaks, sums, output, output_head, logits_ptr + head * G, peaks_ptr, SPLITS, False, SINKS, False, G, GROUP, DIM,
-            PADDED,
+            peaks, sums, output, output_head, logits_ptr + head * G, peaks_ptr, SPLITS, False, SINKS, False, G, DIM, PADDED,
         )  # fmt: skip
         tl.store(done_ptr + row, 0)

@@ -152,11 +152,22 @@ def reserve_for(
     encoder: TritonEncoder | None, query: Tensor, keys: Tensor, values: Tensor, tuning: Tuning | None = None
 ) -> None:
     """Set memory aside for the operators' steps over a layer, dense ones alone without an encoder."""
+    reserve(_needs(encoder, query, keys, values, tuning), keys.device)
+
+
+def workspace_of(
+    encoder: TritonEncoder, query: Tensor, keys: Tensor, values: Tensor, tuning: Tuning | None = None
+) -> Workspace:
+    """A workspace for steps over a layer, dense ones too, and over fewer of its slots."""
+    return Workspace(_needs(encoder, query, keys, values, tuning), keys.device)
+
+
+def _needs(encoder: TritonEncoder | None, query: Tensor, keys: Tensor, values: Tensor, tuning: Tuning | None) -> Needs:
     shape, device = arguments.shape_of(query, keys, values), keys.device
     needs = _dense_needs(shape, device, tuning or tuning_of(device, shape.dim, keys.dtype))
-    if encoder is not None:
-        needs = needs.joined(StepKernels(encoder, shape, keys.dtype, device, tuning, None).needs)
-    reserve(needs, device)
+    if encoder is None:
+        return needs
+    return needs.joined(StepKernels(encoder, shape, keys.dtype, device, tuning, None).needs)
 
 
 def _dense_needs(shape: Shape, device: torch.device, tuning: Tuning) -> Needs:

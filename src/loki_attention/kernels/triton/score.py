@@ -12,7 +12,7 @@ from loki_attention.kernels.triton.jit import kernel
 
 @kernel
 def score_kernel(
-    packed_ptr, query_ptr, line_ptr, start_ptr, stop_ptr, tokens_ptr, rank_ptr, key_ptr, histogram_ptr,
+    packed_ptr, codes_ptr, line_ptr, start_ptr, stop_ptr, tokens_ptr, rank_ptr, key_ptr, histogram_ptr,
     sum_tokens_ptr, packed_batch, packed_head, rank_batch, key_row, sinks, recent,
     HEADS: tl.constexpr, G: tl.constexpr, D8: tl.constexpr, D4: tl.constexpr, D2: tl.constexpr, VISIBLE: tl.constexpr,
     HISTOGRAM: tl.constexpr, ABSORB: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -22,7 +22,7 @@ def score_kernel(
     batch, head = row // HEADS, row % HEADS
     start, stop, tokens = span_of(start_ptr, stop_ptr, tokens_ptr, batch, VISIBLE)
     words = packed_ptr + batch * packed_batch + head * packed_head
-    query, line = query_ptr + row * (G * ((D8 + D4 + D2) // 4)), line_ptr + row * (2 * G)
+    query, line = codes_ptr + row * (G * ((D8 + D4 + D2) // 4)), line_ptr + row * (2 * G)
     if ABSORB and head + chunk == 0:
         # Every head's sums were brought up to date before this kernel; nobody reads the count while it runs.
         tl.store(sum_tokens_ptr + batch, (64 * tl.maximum(tokens // 64 - 1, 0)).to(tl.float32))

@@ -38,21 +38,31 @@ def _list_taken(key, slot, threshold, ties_wanted, taken_before, ties_before, in
 @kernel
 def select_kernel(
     key_ptr, start_ptr, stop_ptr, tokens_ptr, k_ptr, indices_ptr, threshold_ptr, key_row, indices_row,
-    HEADS: tl.constexpr, VISIBLE: tl.constexpr, SLOTS: tl.constexpr,
+    HEADS: tl.constexpr, VISIBLE: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row): all of a row's keys, up to ``SLOTS``, a power of two."""
+    """Program (row): all of a row's keys, up to ``SLOTS``, a power of two; they are listed in blocks.
+
+    Keys are read again for that: the scan and the addresses of so many slots at once would not fit beside them in registers.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch = row // HEADS
     _, stop, tokens = span_of(start_ptr, stop_ptr, tokens_ptr, batch, VISIBLE)
     wanted = tl.minimum(tl.load(k_ptr + batch).to(tl.int32), tokens)
-    slot = tl.arange(0, SLOTS)
-    key = tl.load(key_ptr + row * key_row + slot, mask=slot < stop, other=0).to(tl.int32)
+    every = tl.arange(0, SLOTS)
+    keys = tl.load(key_ptr + row * key_row + every, mask=every // 16 * 16 < stop, other=0).to(tl.int32)
     threshold = 0
     for bit in tl.static_range(15, -1, -1):
         higher = threshold + (1 << bit)
-        threshold = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= wanted, higher, threshold)
-    above = tl.sum((key > threshold).to(tl.int32), 0)
-    _, _, last_tie = _list_taken(key, slot, threshold, wanted - above, 0, 0, indices_ptr + row * indices_row)
+        threshold = tl.where(tl.sum((keys >= higher).to(tl.int32), 0) >= wanted, higher, threshold)
+    ties_wanted = wanted - tl.sum((keys > threshold).to(tl.int32), 0)
+    taken, ties, last_tie = 0, 0, -1
+    for first in range(0, stop, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        key = tl.load(key_ptr + row * key_row + slot, mask=slot // 16 * 16 < stop, other=0).to(tl.int32)
+        new_above, new_ties, tie_slot = _list_taken(
+            key, slot, threshold, ties_wanted, taken, ties, indices_ptr + row * indices_row
+        )
+        taken, ties, last_tie = taken + new_above, ties + new_ties, tl.maximum(last_tie, tie_slot)
     tl.store(threshold_ptr + 2 * row, threshold)
     tl.store(threshold_ptr + 2 * row + 1, last_tie)
 

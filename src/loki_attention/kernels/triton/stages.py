@@ -122,7 +122,7 @@ class StepKernels:
         if self.in_one_program:
             select_kernel[(self.shape.rows,)](
                 space.keys, *inputs.spans, inputs.k, space.indices, space.threshold, *strides, heads, kind, self.slots,
-                num_warps=warps,
+                self.tuning.select_block(self.slots), num_warps=warps,
             )  # fmt: skip
             return
         grid, block = (self.shape.rows, self.chunks), self.tuning.score_block

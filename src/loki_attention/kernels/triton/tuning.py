@@ -4,7 +4,7 @@
 architecture its rows are chosen by what the compiler says (registers, spills, instructions a token), not by time.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loki_attention.errors import ArgumentError
 
@@ -25,7 +25,7 @@ class Tuning:
     attend_warps: int = 2
     attend_stages: int = 5
     dense_stages: int = 3
-    one_program_slots: int = 8192
+    one_program_slots: int = 16384
     open_warps: int = 8
     programs_per_processor: int = 4
 
@@ -39,10 +39,14 @@ class Tuning:
         """Warps of the program that selects among ``slots`` slots: 512 of them each."""
         return min(16, max(4, slots // 512))
 
+    def select_block(self, slots: int) -> int:
+        """Slots that this program lists at once: 8 a thread, a load of 16 bytes; at 16384 slots more would spill."""
+        return 256 * self.select_warps(slots)
+
     def in_one_program(self, rows: int, slots: int, processors: int) -> bool:
         """Whether one program selects a row: where there are rows for all processors, or the row is short.
 
-        >>> [Tuning().in_one_program(rows, slots, 132) for rows, slots in ((8, 2048), (8, 8192), (256, 8192))]
+        >>> [Tuning().in_one_program(rows, slots, 132) for rows, slots in ((8, 4096), (8, 8192), (256, 16384))]
         [True, False, True]
         """
         return slots <= (self.one_program_slots if rows >= processors else self.one_program_slots // 4)
@@ -69,7 +73,8 @@ class Tuning:
 
 
 _WIDE = Tuning(attend_block=32, attend_warps=4, attend_stages=4)
-_FLOAT = Tuning(attend_block=32, attend_warps=4, attend_stages=3)
+_FLOAT = Tuning(attend_block=32, attend_warps=4, attend_stages=3, dense_stages=2)
+_WIDE_FLOAT = Tuning(attend_block=16, attend_warps=8, attend_stages=2, dense_stages=2)
 _TABLE: dict[tuple[int, int, int], Tuning] = {}
 """Rows that were timed: (compute capability as 90, head dim padded to a power of two, bytes of an element) to a tuning."""
 
@@ -77,7 +82,7 @@ _TABLE: dict[tuple[int, int, int], Tuning] = {}
 def tuning_for(capability: int, padded_dim: int, itemsize: int) -> Tuning:
     """The row of the table for an architecture (90: Hopper), a padded head dim and the bytes of an element of K."""
     if itemsize == 4:
-        untimed = replace(_FLOAT, attend_block=16) if padded_dim > 128 else _FLOAT
+        untimed = _WIDE_FLOAT if padded_dim > 128 else _FLOAT
     else:
         untimed = _WIDE if padded_dim > 128 else Tuning()
     return _TABLE.get((capability, padded_dim, itemsize), untimed)
