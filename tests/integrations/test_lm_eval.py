@@ -69,6 +69,15 @@ def test_a_full_budget_gives_the_dense_scores_exactly(
 
 
 @pytest.mark.filterwarnings("ignore:every step stayed dense")
+def test_it_does_so_where_there_are_kernels_for_some_methods(served: tuple[Any, Any, Any]) -> None:
+    """In bfloat16 dense steps have native kernels, which round otherwise; streaming has none."""
+    _, tokenizer, data = served
+    model = AutoModelForCausalLM.from_pretrained(data.parent / "model", dtype=torch.bfloat16).eval()
+    task = LmEvalTask(model, tokenizer, "lambada", data=data, limit=4)
+    assert task.measure(0, [DENSE])["dense"] == task.measure(0, [WHOLE])["whole"]
+
+
+@pytest.mark.filterwarnings("ignore:every step stayed dense")
 def test_likelihoods_are_the_models_own_and_sparse_ones_are_not(served: tuple[Any, Any, Any]) -> None:
     model, tokenizer, _ = served
     asked = requests("loglikelihood", (CONTEXT, " We had everything"), (CONTEXT, " before us"), ("", "We had nothing"))

@@ -1,6 +1,7 @@
 """One task of lm-evaluation-harness: its own, or a local file in a known form. Needs the extra ``eval``."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -93,4 +94,6 @@ class LmEvalTask:
         return int(answers is not None and answers.interval is not None and answers.interval.low <= self._chance)
 
     def _lm(self, variant: Variant) -> Any:
-        return self._harness.AttachedLM(self._model, self._tokenizer, variant, max_length=self._longest)
+        # Kernels round otherwise than the model's own attention does, and scores at a full budget are to be dense ones.
+        on_torch = replace(variant, backend="torch")
+        return self._harness.AttachedLM(self._model, self._tokenizer, on_torch, max_length=self._longest)

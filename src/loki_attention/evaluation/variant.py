@@ -31,6 +31,7 @@ class Variant:
     per: str = "kv-head"
     layers: Mapping[int, str] = field(default_factory=dict)
     label: str | None = None
+    backend: str = "auto"
 
     def attach(self, model: Any) -> AbstractContextManager[Attached]:
         """The model with this variant attached."""
@@ -43,6 +44,7 @@ class Variant:
             tail=self.tail,
             per=self.per,
             layers=self.layers,
+            backend=self.backend,
         )
 
     @property
