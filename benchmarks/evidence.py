@@ -234,7 +234,10 @@ def main() -> None:
         if arguments.estimate:
             estimate(name, planned)
         else:
-            run(setting, planned, arguments.folder / file_name(name, arguments.model))
+            try:
+                run(setting, planned, arguments.folder / file_name(name, arguments.model))
+            except LokiError as error:
+                parser.exit(1, f"error: {error} by --folder, or remove that file\n")
 
 
 def file_name(study: str, model: Path) -> str:
