@@ -230,14 +230,14 @@ def main() -> None:
         code=arguments.code,
     )
     for name in arguments.only:
-        planned = STUDIES[name](setting)
-        if arguments.estimate:
-            estimate(name, planned)
-        else:
-            try:
+        try:
+            planned = STUDIES[name](setting)
+            if arguments.estimate:
+                estimate(name, planned)
+            else:
                 run(setting, planned, arguments.folder / file_name(name, arguments.model))
-            except LokiError as error:
-                parser.exit(1, f"error: {error} by --folder, or remove that file\n")
+        except LokiError as error:
+            parser.exit(1, f"error: {error}\n")
 
 
 def file_name(study: str, model: Path) -> str:

@@ -21,10 +21,10 @@ def label(name: str, fraction: str) -> str:
 def perplexity_variants(basis: KeyBasis) -> list[Variant]:
     """The bounds, loki with and without its tail, and the methods that should lose."""
     rows = []
-    for fraction in ("1/8", "1/16", "1/32"):
+    for fraction, share in FRACTIONS.items():
 
-        def row(name: str, method: str, fraction: str = fraction, **settings: Any) -> Variant:
-            return Variant(name=label(name, fraction), method=method, budget=budget(FRACTIONS[fraction]), **settings)
+        def row(name: str, method: str, fraction: str = fraction, share: float = share, **settings: Any) -> Variant:
+            return Variant(name=label(name, fraction), method=method, budget=budget(share), **settings)
 
         rows += [row(f"exact-topk, {per}", "exact-topk", per=per) for per in ("query-head", "kv-head")]
         rows.append(row("exact-topk, tail linear", "exact-topk", basis=basis, tail="linear"))

@@ -142,7 +142,7 @@ def _check_device(device: str) -> None:
         raise ArgumentError(f"unknown device {device!r}; give cpu, cuda, or cuda:1 for the second GPU") from None
     try:
         torch.empty(1, device=known)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ArgumentError(
             f"cannot use device {device!r}: {_first_line(error)}; give cpu, or a GPU there is"
         ) from None
